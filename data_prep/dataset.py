@@ -1,0 +1,150 @@
+"""The dataset directory: its columns, how it is written byte for byte, and how a split is read back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data_prep.records import KINDS, Kind, Record
+from posttrain.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
+
+Split = Literal["train", "eval"]
+SPLITS: tuple[Split, ...] = ("train", "eval")
+COMMON_COLUMNS = ("id", "source", "group", "meta")
+CONTENT_COLUMNS: dict[Kind, tuple[str, ...]] = {
+    "text": ("text",),
+    "conversation": ("messages",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "prompt": ("prompt",),
+}
+DATASET_FILES = ("train.parquet", "eval.parquet", "rejects.jsonl", "card.md", "report.html", "dataset.json")
+
+
+def columns(kind: Kind) -> list[str]:
+    """Column names of a dataset of `kind`, in order."""
+    return [*COMMON_COLUMNS, *CONTENT_COLUMNS[kind]]
+
+
+def schema(kind: Kind) -> pyarrow.Schema:
+    """Arrow schema of a dataset of `kind`. Turns are list<struct<role: string, content: string>>."""
+    import pyarrow as pa
+
+    turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+    types = {name: pa.string() for name in (*COMMON_COLUMNS, "text")}
+    return pa.schema([(name, types.get(name, turns)) for name in columns(kind)])
+
+
+def to_row(record: Record) -> dict[str, Any]:
+    """The record as one row of its kind's columns."""
+    return {
+        "id": record.id,
+        "source": record.source,
+        "group": record.group,
+        "meta": record.meta,
+        **record.content_columns(),
+    }
+
+
+def content_hash(rows: Mapping[Split, Sequence[dict[str, Any]]]) -> str:
+    """sha256 over the canonical JSON of every row, train before eval; order matters."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for row in rows[split]:
+            line = json.dumps([split, row], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+            digest.update(line.encode("utf-8") + b"\n")
+    return digest.hexdigest()
+
+
+def write_split(path: Path, kind: Kind, rows: Iterable[dict[str, Any]]) -> None:
+    """Write one parquet file. The same rows give the same bytes under the same pyarrow version."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(list(rows), schema=schema(kind))
+    pq.write_table(table, path, compression="zstd", row_group_size=65_536, store_schema=True)
+
+
+def read_info(path: Path) -> dict[str, Any] | None:
+    """dataset.json of a dataset directory, None where there is none. Raises DataError when it is not JSON."""
+    file = path / "dataset.json"
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON ({error})\n    run the curate stage again") from error
+
+
+def read_split(path: Path, split: Split, kind: Kind | None = None) -> datasets.Dataset:
+    """Read one side of a dataset directory, in memory and without a cache folder.
+
+    path: a directory with train.parquet and eval.parquet. kind: the kind the caller needs; None takes any.
+    Raises DataError: directory or file missing, not parquet, wrong kind or columns, no rows.
+    """
+    import datasets
+    import datasets.table
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = Path(path)
+    file = path / f"{split}.parquet"
+    if not file.is_file():
+        raise DataError(_missing(path, file))
+    try:
+        table = pq.read_table(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(
+            f"{file}: cannot be read as parquet ({error})\n    run the curate stage again"
+        ) from error
+    _check_kind(path, file, table, kind)
+    if table.num_rows == 0:
+        raise DataError(
+            f"{file}: has no rows\n    change the split or the sources of this data set and curate it again"
+        )
+    return datasets.Dataset(datasets.table.InMemoryTable(table))
+
+
+def _missing(path: Path, file: Path) -> str:
+    if not path.exists():
+        return (
+            f"{path}: no such dataset directory\n    run the curate stage that writes it, or correct the path"
+        )
+    found = sorted(entry.name for entry in path.iterdir())[:8] if path.is_dir() else [path.name]
+    return (
+        f"{file}: no such file, so {path} is not a dataset directory "
+        f"(it holds: {', '.join(found) or 'nothing'})\n"
+        "    point to a directory written by the curate stage, with train.parquet and eval.parquet"
+    )
+
+
+def _check_kind(path: Path, file: Path, table: pyarrow.Table, kind: Kind | None) -> None:
+    info = read_info(path)
+    present = set(table.column_names)
+    found = info.get("kind") if info else next((k for k in ("preference", *KINDS) if _fits(k, present)), None)
+    if kind is not None and found != kind:
+        raise DataError(
+            f"{path}: this data set holds {found or 'no known kind'} rows, but {kind} rows are needed here "
+            f"(columns {', '.join(columns(kind))})\n    curate the sources with `kind: {kind}`"
+        )
+    if found not in KINDS:
+        raise DataError(
+            f"{path}: holds no known kind of rows (kind {found}, columns {', '.join(sorted(present))})\n"
+            "    point to a directory written by the curate stage"
+        )
+    if not _fits(found, present):
+        lacking = [name for name in CONTENT_COLUMNS[found] if name not in present]
+        raise DataError(
+            f"{file}: lacks the column {', '.join(lacking)} of a {found} data set "
+            f"(it has {', '.join(sorted(present))})\n    run the curate stage again"
+        )
+
+
+def _fits(kind: str, present: set[str]) -> bool:
+    return kind in CONTENT_COLUMNS and set(CONTENT_COLUMNS[kind]) <= present

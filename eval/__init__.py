@@ -1,0 +1,1 @@
+"""Evaluation: statistics, generation, perplexity, reward-model quality, and the pipeline report."""

@@ -1,0 +1,312 @@
+"""The `posttrain` command. Everything heavy is imported inside the command that needs it.
+
+Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 130 interrupted. What a person
+reads goes to stderr, what a script reads (--json, schema) to stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posttrain import __version__
+from posttrain.errors import PosttrainError, UserError
+from posttrain.registry import STAGES
+
+if TYPE_CHECKING:
+    from posttrain.planning import Plan
+    from posttrain.stage import StageResult
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Adapt a causal language model to a product: data, SFT, reward model, DPO, PPO, evaluation, Triton.",
+    epilog="Example: posttrain run configs/tiny/pipeline.yaml stages.ppo.seed=1. --debug, anywhere, shows tracebacks.",
+)
+
+_debug = False
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Settings that replace those in the file.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and why, and write nothing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
+Force = Annotated[bool, typer.Option("--force", help="Run again even what is complete.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    global _debug
+    _debug = "--debug" in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    app()
+
+
+@contextmanager
+def _reporting() -> Iterator[None]:
+    """Turn what a command raises into a message on stderr and the exit code."""
+    try:
+        yield
+    except PosttrainError as error:
+        if _debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command to resume", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if _debug:
+            traceback.print_exc()
+        print(f"error: {type(error).__name__}: {error}\n    add --debug for the traceback", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"posttrain {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="Example: posttrain run configs/tiny/pipeline.yaml output_dir=/tmp/runs stages.ppo.seed=1 --dry-run"
+)
+def run(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline to run.")],
+    overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this stage. May be given several times.")
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Only this stage and those it depends on.")] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a pipeline. What is complete is skipped, what was interrupted resumes, what changed runs again."""
+    with _reporting():
+        from posttrain.pipeline import load_pipeline
+        from posttrain.pipeline_run import plan_pipeline, run_pipeline
+
+        loaded = load_pipeline(pipeline, overrides or ())
+        kinds = {name: block.kind for name, block in loaded.stages.items()}
+        places = {name: block.run_dir for name, block in loaded.stages.items()}
+        if dry_run:
+            selected = loaded.select(only or (), until)
+            plans = plan_pipeline(loaded, selected, force=force)
+            rows = [_plan_row(name, kinds[name], places[name], plan) for name, plan in plans.items()]
+            _show_plan(rows, as_json)
+            return
+        results = run_pipeline(loaded, only=only or (), until=until, force=force)
+        if as_json:
+            report = loaded.directory / "report.html"
+            _print_json(
+                {
+                    "name": loaded.config.name,
+                    "directory": str(loaded.directory),
+                    "report": str(report) if report.is_file() else None,
+                    "stages": [
+                        _result_row(name, kinds[name], places[name], done) for name, done in results.items()
+                    ],
+                }
+            )
+
+
+def _plan_row(name: str, kind: str, run_dir: Path, plan: Plan) -> dict[str, Any]:
+    return {
+        "name": name,
+        "stage": kind,
+        "action": plan.action,
+        "reason": plan.reason,
+        "run_dir": str(run_dir),
+    }
+
+
+def _result_row(name: str, kind: str, run_dir: Path, result: StageResult) -> dict[str, Any]:
+    return {
+        "name": name,
+        "stage": kind,
+        "status": result.status,
+        "reason": result.plan.reason,
+        "run_dir": str(run_dir),
+        "metrics": result.manifest["metrics"],
+    }
+
+
+def _show_plan(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print(f"{row['name']:<{width}}  {row['action']:<6}  {row['reason']}  -> {row['run_dir']}")
+
+
+def _stage_command(kind: str) -> Callable[..., None]:
+    def command(
+        arguments: Annotated[
+            list[str] | None,
+            typer.Argument(
+                metavar="[CONFIG.yaml] [a.b=c ...]", help="The stage's YAML file and settings to replace."
+            ),
+        ] = None,
+        output: Annotated[
+            Path | None,
+            typer.Option(help="Run directory. Default: run_dir in the file, else runs/FILE-NAME."),
+        ] = None,
+        force: Force = False,
+        dry_run: DryRun = False,
+        as_json: AsJson = False,
+    ) -> None:
+        with _reporting():
+            _run_stage(kind, arguments or [], output, force, dry_run, as_json)
+
+    return command
+
+
+def _run_stage(
+    kind: str, arguments: list[str], output: Path | None, force: bool, dry_run: bool, as_json: bool
+) -> None:
+    from posttrain.errors import ConfigError
+    from posttrain.planning import plan_stage
+    from posttrain.stage import execute_stage
+    from posttrain.stage_file import load_stage_file
+
+    path = Path(arguments[0]) if arguments and "=" not in arguments[0] else None
+    if not arguments:
+        raise UserError(
+            f"nothing to do: name a YAML file, or settings\n    posttrain {kind} --help shows an example"
+        )
+    block = load_stage_file(kind, path, arguments[1:] if path else arguments, output)
+    plan = plan_stage(kind, block.config, block.run_dir, force=force)
+    problems = block.check() if plan.action != "skip" else []
+    if problems:
+        raise ConfigError(problems)
+    if dry_run:
+        _show_plan([_plan_row(kind, kind, block.run_dir, plan)], as_json)
+        return
+    result = execute_stage(kind, block.config, block.run_dir, force=force)
+    if as_json:
+        _print_json(_result_row(kind, kind, block.run_dir, result))
+    else:
+        print(f"{kind}: {result.status} ({result.plan.reason}) -> {block.run_dir}", file=sys.stderr)
+
+
+for _spec in STAGES.values():
+    _example = (
+        f"Example: posttrain {_spec.name} configs/tiny/{_spec.name}.yaml seed=1 --output runs/{_spec.name}-1"
+    )
+    app.command(_spec.name, help=_spec.help, epilog=_example)(_stage_command(_spec.name))
+
+
+@app.command(epilog="Example: posttrain check configs/tiny/pipeline.yaml")
+def check(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="A pipeline, or one stage with `stage: KIND`.")
+    ],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find every mistake in a configuration, trainer arguments included, without running anything."""
+    with _reporting():
+        from posttrain.errors import ConfigError
+
+        problems: list[dict[str, str]] = []
+        try:
+            _check(config, overrides or [])
+        except ConfigError as error:
+            if not as_json:
+                raise
+            problems = [vars(problem) for problem in error.problems]
+        if as_json:
+            _print_json({"config": str(config), "valid": not problems, "problems": problems})
+        else:
+            print(f"{config}: valid")
+        if problems:
+            raise SystemExit(2)
+
+
+def _check(path: Path, overrides: list[str]) -> None:
+    from posttrain.errors import ConfigError
+    from posttrain.pipeline import load_pipeline
+    from posttrain.registry import stage_spec
+    from posttrain.stage_file import load_stage_file
+    from posttrain.yaml_source import load_yaml
+
+    data = load_yaml(path, overrides)
+    if "stage" not in data or "stages" in data:
+        load_pipeline(path, overrides, run_checks=True)
+        return
+    block = load_stage_file(stage_spec(str(data["stage"])).name, path, overrides)
+    problems = block.check()
+    if problems:
+        raise ConfigError(problems)
+
+
+@app.command(epilog="Example: posttrain show runs/tiny/ppo")
+def show(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A stage's run directory, or a pipeline's directory.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Show a run: manifest, last metrics and where its inputs came from."""
+    with _reporting():
+        from rich.console import Console
+
+        from posttrain.show import describe, print_run
+
+        description = describe(run)
+        if as_json:
+            _print_json(description)
+        else:
+            print_run(description, Console())
+
+
+@app.command(epilog="Example: posttrain schema --output posttrain.schema.json")
+def schema(
+    output: Annotated[Path | None, typer.Option(help="File to write. Default: stdout.")] = None,
+) -> None:
+    """Write the JSON schema of the configuration files, for completion in an editor."""
+    with _reporting():
+        from posttrain.rundir import atomic_write_json
+        from posttrain.schema import json_schema
+
+        if output is None:
+            _print_json(json_schema())
+        else:
+            atomic_write_json(output, json_schema())
+
+
+@app.command(epilog="Example: posttrain report runs/tiny runs/tiny-seed1 --output compare.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Pipeline directories.")],
+    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML report about one or more pipelines."""
+    with _reporting():
+        from posttrain.pipeline_run import REPORT
+        from posttrain.registry import load
+
+        print(load(REPORT)(runs, output))

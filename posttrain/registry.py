@@ -1,0 +1,112 @@
+"""The stages, by name: where their configuration and their code are. Nothing is imported until asked for.
+
+A stage module has `run(config, context) -> dict` (summary metrics, JSON values), and may have
+`check(config, where) -> list[Problem]`, which looks for mistakes that the configuration model cannot see,
+before anything heavy happens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from posttrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One kind of stage. config, run, check: "module:attribute". version: raise it when the same
+    configuration would now give another result, so that finished runs are done again."""
+
+    name: str
+    config: str
+    run: str
+    check: str | None
+    version: int
+    help: str
+
+
+def _spec(
+    name: str, config: str, run: str, help: str, *, check: str | None = None, version: int = 1
+) -> StageSpec:
+    return StageSpec(name, config, run, check, version, help)
+
+
+STAGES: dict[str, StageSpec] = {
+    spec.name: spec
+    for spec in (
+        _spec(
+            "curate",
+            "data_prep.config:CurateConfig",
+            "data_prep.curate:run",
+            "Turn sources into a data set.",
+            check="data_prep.curate:check",
+        ),
+        _spec("base", "train.base_config:BaseConfig", "train.base:run", "Pretrain a small base model."),
+        _spec(
+            "sft",
+            "train.config:SftConfig",
+            "train.sft:run",
+            "Fine-tune on demonstrations.",
+            check="train.trainer_args:check",
+        ),
+        _spec(
+            "reward",
+            "train.config:RewardConfig",
+            "train.reward_model:run",
+            "Train a reward model on preference pairs.",
+            check="train.trainer_args:check",
+        ),
+        _spec(
+            "dpo",
+            "train.config:DpoConfig",
+            "train.preference:run",
+            "Optimise directly on preference pairs.",
+            check="train.trainer_args:check",
+        ),
+        _spec(
+            "ppo",
+            "train.ppo.config:PpoStageConfig",
+            "train.ppo.stage:run",
+            "Optimise a reward model with PPO.",
+        ),
+        _spec(
+            "eval",
+            "eval.config:EvalConfig",
+            "eval.stage:run",
+            "Measure models side by side.",
+            check="eval.config:check",
+        ),
+        _spec("merge", "train.config:MergeConfig", "train.merge:run", "Merge an adapter into full weights."),
+        _spec(
+            "export",
+            "serving.config:ExportConfig",
+            "serving.export:run",
+            "Write a Triton model repository.",
+            check="serving.config:check_export",
+        ),
+        _spec("serve", "serving.config:ServeConfig", "serving.stage:run", "Serve it and check parity."),
+    )
+}
+
+
+def stage_spec(kind: str) -> StageSpec:
+    """The stage called `kind`. Raises UserError naming the nearest one when there is none."""
+    if kind in STAGES:
+        return STAGES[kind]
+    raise UserError(unknown_stage(kind))
+
+
+def unknown_stage(kind: str) -> str:
+    """The message for a stage kind that does not exist."""
+    close = difflib.get_close_matches(kind, STAGES, n=1)
+    hint = f"did you mean '{close[0]}'?" if close else f"stages are {', '.join(STAGES)}"
+    return f"unknown stage '{kind}'; {hint}"
+
+
+def load(target: str) -> Any:
+    """The object named "package.module:attribute"."""
+    module, _, attribute = target.partition(":")
+    return vars(importlib.import_module(module))[attribute]

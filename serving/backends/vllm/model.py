@@ -1,0 +1,194 @@
+"""Triton model of the stand-in: requests in, responses out; the work is the engine's.
+
+Loaded by tritonserver as the python-based backend "vllm". It keeps the tensors, defaults and errors of Triton's vLLM
+backend for text generation; images, embeddings and adapters by name are refused with an error.
+
+Where the weights are: vLLM opens `model` of 1/model.json as a path of its container, <mount_path>/<name>/<version>/
+weights. Here the repository is mounted elsewhere, so a path that ends in this model's <name>/<version>/... is taken
+relative to this version's folder; so is a relative path.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+import triton_python_backend_utils as pb_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from serving.backends.vllm.engine import Engine, Limits, TokenLogprob, Update
+from serving.backends.vllm.sampling import RequestError, parse
+
+FLAGS = (
+    "return_finish_reason",
+    "return_cumulative_logprob",
+    "return_logprobs",
+    "return_num_input_tokens",
+    "return_num_output_tokens",
+)
+LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """What tritonserver calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the weights named in model.json and start the engine."""
+        version_dir = Path(pb_utils.get_model_dir())
+        engine_args = json.loads((version_dir / "model.json").read_text(encoding="utf-8"))
+        weights = locate(engine_args["model"], version_dir)
+        model = AutoModelForCausalLM.from_pretrained(weights, dtype=getattr(torch, engine_args["dtype"]))
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.limits = Limits(
+            max_model_len=engine_args["max_model_len"],
+            max_prompt_characters=int(parameters["max_prompt_characters"]["string_value"]),
+            max_output_tokens=int(parameters["max_output_tokens"]["string_value"]),
+            max_queue=int(parameters["max_queue"]["string_value"]),
+        )
+        self.engine = Engine(model, AutoTokenizer.from_pretrained(weights), self.limits)
+
+    def execute(self, requests: list[Any]) -> None:
+        """Queue each request; answers leave through its response sender."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                prompt, stream, prepend, flags, parameters = read_request(request)
+                params = parse(parameters, self.limits.max_output_tokens)
+                responder = Responder(sender, stream, prompt if prepend else "", flags)
+                self.engine.submit(prompt, params, responder)
+            except RequestError as error:
+                send_error(sender, str(error), error.unavailable)
+
+    def finalize(self) -> None:
+        """Answer what is being answered, then stop."""
+        self.engine.close()
+
+
+def locate(model: str, version_dir: Path) -> Path:
+    """Folder of the weights for `model` of model.json; see the module's description."""
+    parts = PurePosixPath(model).parts
+    mounted = (version_dir.parent.name, version_dir.name)
+    for at in range(len(parts) - 2):
+        if parts[at : at + 2] == mounted and version_dir.joinpath(*parts[at + 2 :]).is_dir():
+            return version_dir.joinpath(*parts[at + 2 :])
+    return version_dir / model
+
+
+def read_request(request: Any) -> tuple[str, bool, bool, set[str], str]:
+    """Prompt, stream, whether the prompt opens the answer, the outputs wanted, and the parameters' JSON.
+
+    Raises:
+        RequestError: a tensor is missing, has no element, or asks for what is not served here.
+    """
+    for name in ("image", "embedding_request"):
+        if pb_utils.get_input_tensor_by_name(request, name) is not None:
+            raise RequestError(f"{name} is not supported by the embedded server")
+    prompt = _text(request, "text_input")
+    if prompt is None:
+        raise RequestError("text_input is missing")
+    stream = bool(_scalar(request, "stream"))
+    exclude = _scalar(request, "exclude_input_in_output")
+    if stream and exclude is not None and not exclude:
+        raise RequestError("exclude_input_in_output=false is not allowed when streaming")
+    prepend = not stream and not exclude
+    flags = {name for name in FLAGS if _scalar(request, name)}
+    parameters = _text(request, "sampling_parameters")
+    return prompt, stream, prepend, flags, request.parameters() if parameters is None else parameters
+
+
+def _scalar(request: Any, name: str) -> Any:
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        return None
+    values = tensor.as_numpy().reshape(-1)
+    if len(values) != 1:
+        raise RequestError(f"{name} must hold one element, got {len(values)}")
+    return values[0]
+
+
+def _text(request: Any, name: str) -> str | None:
+    value = _scalar(request, name)
+    if value is None:
+        return None
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name} is not valid UTF-8: {error}") from error
+
+
+class Responder:
+    """Turns an answer's updates into Triton responses: one each when streaming, otherwise one in all."""
+
+    def __init__(self, sender: Any, stream: bool, prefix: str, flags: set[str]) -> None:
+        self.sender = sender
+        self.stream = stream
+        self.prefix = prefix
+        self.flags = flags
+        self.pending: list[Update] = []
+        self.cumulative_logprob = 0.0
+
+    def update(self, update: Update) -> None:
+        """Send, or keep for the final response."""
+        self.pending.append(update)
+        self.cumulative_logprob += update.logprob
+        last = update.finish_reason is not None
+        if self.stream or last:
+            self.sender.send(pb_utils.InferenceResponse(self._tensors()), flags=LAST if last else 0)
+            self.pending = []
+
+    def fail(self, message: str, unavailable: bool) -> None:
+        """Send the error as the final response."""
+        send_error(self.sender, message, unavailable)
+
+    def cancelled(self) -> bool:
+        """Whether the client went away; then the stream is closed here, since nothing else will."""
+        if not self.sender.is_cancelled():
+            return False
+        error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
+        self.sender.send(pb_utils.InferenceResponse(error=error), flags=LAST)
+        return True
+
+    def _tensors(self) -> list[Any]:
+        last = self.pending[-1]
+        text = self.prefix + "".join(update.text for update in self.pending)
+        tensors = [_strings("text_output", text)]
+        if "return_finish_reason" in self.flags:
+            tensors.append(_strings("finish_reason", str(last.finish_reason)))
+        if "return_cumulative_logprob" in self.flags:
+            total = np.array([self.cumulative_logprob], dtype=np.float32)
+            tensors.append(pb_utils.Tensor("cumulative_logprob", total))
+        if "return_logprobs" in self.flags:
+            tensors.append(_strings("logprobs", logprobs_json([update.logprobs for update in self.pending])))
+        if "return_num_input_tokens" in self.flags:
+            count = np.array([last.num_input_tokens], dtype=np.uint32)
+            tensors.append(pb_utils.Tensor("num_input_tokens", count))
+        if "return_num_output_tokens" in self.flags:
+            count = np.array([len(self.pending)], dtype=np.uint32)
+            tensors.append(pb_utils.Tensor("num_output_tokens", count))
+        return tensors
+
+
+def logprobs_json(positions: list[tuple[TokenLogprob, ...] | None]) -> str:
+    """The `logprobs` output: per position an object from token id to its log-probability, the drawn token first."""
+    if any(position is None for position in positions):
+        return "null"
+    return json.dumps(
+        [
+            {str(c.token_id): {"logprob": c.logprob, "rank": c.rank, "decoded_token": c.text} for c in position}
+            for position in positions
+            if position is not None
+        ]
+    )
+
+
+def send_error(sender: Any, message: str, unavailable: bool) -> None:
+    """Close a request with INVALID_ARG, or UNAVAILABLE where the fault is the server's."""
+    code = pb_utils.TritonError.UNAVAILABLE if unavailable else pb_utils.TritonError.INVALID_ARG
+    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)), flags=LAST)
+
+
+def _strings(name: str, text: str) -> Any:
+    return pb_utils.Tensor(name, np.array([text.encode("utf-8")], dtype=np.object_))

@@ -1,0 +1,93 @@
+"""Configuration of the `export` and `serve` stages. Imports neither torch nor tritonclient."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from posttrain.config import DatasetRef, ModelRef, RunRef, StageConfig
+from posttrain.errors import Problem
+from pydantic import Field
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class ExportConfig(StageConfig):
+    """Write a Triton model repository for the vLLM backend from a trained model."""
+
+    model: ModelRef = Field(description="Trained model or adapter; an adapter is merged into its base.")
+    name: str = Field(
+        "posttrain",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        description="Model name in the repository: what a client asks Triton for.",
+    )
+    dtype: Dtype = Field("float32", description="Precision of the exported weights and of serving.")
+    max_model_len: int | None = Field(
+        None, ge=8, description="Most tokens of prompt and answer together; default: what the model allows."
+    )
+    mount_path: str | None = Field(
+        "/models",
+        description="Absolute path at which the container sees the model repository; null writes a path "
+        "relative to the version folder, which only the embedded server resolves.",
+    )
+    max_prompt_characters: int = Field(32768, ge=1, description="Longest text_input the server accepts.")
+    max_output_tokens: int = Field(1024, ge=1, description="Largest max_tokens the server accepts.")
+    max_queue: int = Field(256, ge=1, description="Requests that may wait; further ones are refused.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="vLLM's share of the GPU's memory.")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="More vLLM engine arguments, written to model.json as they are."
+    )
+
+
+class ServeConfig(StageConfig):
+    """Serve an export with the embedded Triton and prove that it answers as the trained model does."""
+
+    export: RunRef = Field(description="Run directory of an `export` stage.")
+    prompts: DatasetRef = Field(description="Prompt, preference or conversation dataset; its eval split is asked.")
+    reference: ModelRef | None = Field(
+        None, description="Model that the answers are compared with; default: the one that was exported."
+    )
+    num_prompts: int = Field(32, ge=1, description="Prompts compared.")
+    max_new_tokens: int = Field(48, ge=1, description="Longest answer, in tokens.")
+    concurrency: int = Field(4, ge=1, le=64, description="Requests in flight while comparing.")
+    max_logprob_delta: float | None = Field(
+        None,
+        gt=0,
+        description="Largest allowed difference of a served token's log-probability, in nats; default: 1e-3 in "
+        "float32, 0.1 in half precision.",
+    )
+    triton_env: str = Field(
+        ".venv-triton",
+        description="Environment with tritonserver, made by `make triton-env`; the variable POSTTRAIN_TRITON_ENV "
+        "overrides it.",
+    )
+    start_timeout_s: float = Field(180.0, gt=0, description="Seconds the server may take to become ready.")
+    request_timeout_s: float = Field(120.0, gt=0, description="Seconds one answer may take.")
+
+
+RESERVED_ENGINE_ARGS = frozenset({"model", "tokenizer", "dtype", "max_model_len", "gpu_memory_utilization"})
+
+
+def check_export(config: ExportConfig, where: str) -> list[Problem]:
+    """Contradictions inside the block, found before any input is opened."""
+    problems = []
+    if config.mount_path is not None and not config.mount_path.startswith("/"):
+        problems.append(
+            Problem(
+                f"{where}.mount_path",
+                f"'{config.mount_path}' is not an absolute path",
+                "give the path inside the container, for example /models, or null",
+            )
+        )
+    for key in sorted(RESERVED_ENGINE_ARGS & config.engine_args.keys()):
+        problems.append(
+            Problem(f"{where}.engine_args.{key}", "is written by the export", "use the stage's own fields instead")
+        )
+    if config.max_model_len is not None and config.max_output_tokens > config.max_model_len:
+        problems.append(
+            Problem(
+                f"{where}.max_output_tokens",
+                f"{config.max_output_tokens} tokens never fit in max_model_len={config.max_model_len}",
+                "lower max_output_tokens or raise max_model_len",
+            )
+        )
+    return problems

@@ -1,0 +1,108 @@
+"""The reward stage on the two-layer model: head, calibration, folds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from posttrain.errors import DataError, UserError
+from posttrain.models import load_reward_model, load_tokenizer
+from tests.integration.conftest import file_names, load_adapter, read_rows
+from train.reward_scores import score_dialogues
+
+
+def _demonstrations(run, data):
+    from data_prep.dataset import read_split
+
+    tokenizer = load_tokenizer(run / "model")
+    rows = read_split(data, "train", "conversation")
+    return tokenizer.apply_chat_template(list(rows["messages"]), return_dict=True)["input_ids"]
+
+
+def test_writes_the_head_the_adapter_and_the_calibration(reward_run):
+    assert file_names(reward_run / "model") == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "reward_calibration.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    settings = json.loads((reward_run / "model" / "adapter_config.json").read_text())
+    assert settings["task_type"] == "SEQ_CLS" and "score" in settings["modules_to_save"]
+
+
+def test_the_saved_head_is_the_trained_one(reward_run):
+    saved = next(tensor for name, tensor in load_adapter(reward_run).items() if "score" in name)
+    generator = torch.Generator().manual_seed(0)
+    initial = torch.normal(0.0, 1 / 33**0.5, saved.shape, generator=generator)
+    assert saved.shape == (1, 32)
+    assert not torch.equal(saved, initial)
+    assert (saved - initial).abs().max() < 12 * 1e-2 * 1.5, (
+        "twelve steps of Adam at 1e-2 from the documented start"
+    )
+
+
+def test_demonstrations_have_mean_reward_zero(reward_run, conversation_data):
+    model, calibration = load_reward_model(reward_run / "model")
+    scores = score_dialogues(model, calibration, _demonstrations(reward_run, conversation_data))
+    assert calibration["n"] == 48
+    assert abs(scores.mean().item()) < 1e-5
+    assert scores.std() > 0
+
+
+def test_learns_to_prefer_the_helpful_answer(reward_run):
+    metrics = json.loads((reward_run / "manifest.json").read_text())["metrics"]
+    assert metrics["eval_accuracy"] == 1.0 and metrics["eval_ties"] == 0 and metrics["eval_pairs"] == 16
+    assert metrics["eval_accuracy_low"] == pytest.approx(16 / (16 + 1.959964**2), abs=1e-6), (
+        "Wilson at 16 of 16"
+    )
+    losses = [row["loss"] for row in read_rows(reward_run) if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_folds_score_every_pair_once_and_never_split_a_group(
+    run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset
+):
+    rows = make_rows["preference"](24, 0)
+    for index, row in enumerate(rows):
+        row["group"] = f"group-{index // 4}"
+    data = write_dataset(tmp_path / "data", "preference", rows, rows[:4])
+    run_dir = tmp_path / "run"
+    metrics = run_stage("reward", run_dir, model=tiny_model_dir, data=data, folds=3, trainer={"max_steps": 8})
+    lines = [json.loads(line) for line in (run_dir / "folds.jsonl").read_text().splitlines()]
+    assert sorted(line["id"] for line in lines) == sorted(row["id"] for row in rows)
+    folds_of = {}
+    for line in lines:
+        folds_of.setdefault(line["group"], set()).add(line["fold"])
+    assert all(len(folds) == 1 for folds in folds_of.values())
+    assert {line["fold"] for line in lines} == {0, 1, 2}
+    assert metrics["cv_pairs"] == 24
+    correct = sum(line["chosen"] > line["rejected"] for line in lines) / 24
+    assert metrics["cv_accuracy"] == pytest.approx(correct)
+    assert metrics["cv_accuracy_low"] < metrics["cv_accuracy"] < metrics["cv_accuracy_high"] or correct == 1.0
+    assert metrics["bias"] == 0.0 and metrics["n"] == 0
+
+
+def test_refuses_more_folds_than_groups(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):
+    rows = [row | {"group": "all"} for row in make_rows["preference"](8, 0)]
+    data = write_dataset(tmp_path / "data", "preference", rows, rows)
+    with pytest.raises(UserError, match="lower `folds`"):
+        run_stage("reward", tmp_path / "run", model=tiny_model_dir, data=data, folds=2)
+
+
+def test_refuses_identical_sides(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):
+    rows = make_rows["preference"](8, 0)
+    rows[3]["rejected"] = rows[3]["chosen"]
+    data = write_dataset(tmp_path / "data", "preference", rows, rows[:2])
+    with pytest.raises(DataError, match=r"1 of 8 pairs .* preference-3"):
+        run_stage("reward", tmp_path / "run", model=tiny_model_dir, data=data)
+
+
+def test_full_training_saves_the_head(run_stage, tmp_path, tiny_model_dir, preference_data):
+    run_stage("reward", tmp_path / "run", model=tiny_model_dir, data=preference_data, peft=None)
+    model, calibration = load_reward_model(tmp_path / "run" / "model")
+    assert model.config.num_labels == 1 and calibration["bias"] == 0.0
+    assert model.config.pad_token_id == 0

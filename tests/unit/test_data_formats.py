@@ -1,0 +1,241 @@
+"""Every row format: what it makes of a good row, and the reason it gives for a bad one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from data_prep.formats import FORMATS, detect
+from data_prep.records import (
+    ConversationRecord,
+    InvalidRecord,
+    Message,
+    PreferenceRecord,
+    PromptRecord,
+    TextRecord,
+    project,
+)
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+WORSE = {"role": "assistant", "content": "What?"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+PAIR = PreferenceRecord(
+    [Message("user", "Hi")], [Message("assistant", "Hello")], [Message("assistant", "What?")]
+)
+TALK = ConversationRecord([Message("user", "Hi"), Message("assistant", "Hello")])
+GUIDED = ConversationRecord([Message("system", "Be kind."), *TALK.messages])
+HH = "\n\nHuman: Hi\n\nAssistant: "
+
+GOOD: list[tuple[str, dict[str, Any], Any]] = [
+    ("messages", {"messages": [USER, ANSWER]}, TALK),
+    ("messages", {"messages": [SYSTEM, USER, ANSWER]}, GUIDED),
+    ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, ANSWER]}, TALK),
+    (
+        "sharegpt",
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+            "system": "Be kind.",
+        },
+        GUIDED,
+    ),
+    ("alpaca", {"instruction": "Hi", "input": "", "output": "Hello"}, TALK),
+    (
+        "alpaca",
+        {"instruction": "Add", "input": "1 2", "output": "3", "history": [["Hi", "Hello"]]},
+        ConversationRecord([*TALK.messages, Message("user", "Add\n\n1 2"), Message("assistant", "3")]),
+    ),
+    ("prompt_completion", {"prompt": "Hi", "completion": "Hello"}, TALK),
+    ("prompt_completion", {"prompt": [SYSTEM, USER], "response": [ANSWER]}, GUIDED),
+    ("preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}, PAIR),
+    ("preference", {"prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]}, PAIR),
+    ("preference", {"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, PAIR),
+    ("preference", {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]}, PAIR),
+    (
+        "preference",
+        {
+            "conversations": [{"from": "human", "value": "Hi"}],
+            "chosen": {"from": "gpt", "value": "Hello"},
+            "rejected": {"from": "gpt", "value": "What?"},
+        },
+        PAIR,
+    ),
+    ("hh", {"chosen": HH + "Hello", "rejected": HH + "What?"}, PAIR),
+    ("text", {"text": "Once."}, TextRecord("Once.")),
+    ("prompt", {"prompt": "Hi"}, PromptRecord([Message("user", "Hi")])),
+    ("prompt", {"prompt": [USER]}, PromptRecord([Message("user", "Hi")])),
+]
+
+
+@pytest.mark.parametrize(("form", "row", "record"), GOOD)
+def test_good_row(form: str, row: dict[str, Any], record: Any) -> None:
+    assert FORMATS[form].parse(row) == record
+    assert FORMATS[form].native == record.kind
+    assert detect(row) == form
+
+
+BAD: list[tuple[str, dict[str, Any], str, str]] = [
+    ("messages", {"messages": [{"role": "wizard", "content": "Hi"}, ANSWER]}, "unknown_role", "'wizard'"),
+    ("messages", {"messages": [{"role": ["user"], "content": "Hi"}, ANSWER]}, "unknown_role", "user"),
+    ("messages", {"messages": [USER]}, "last_turn_not_assistant", "'user'"),
+    ("messages", {"messages": [USER, {"role": "assistant", "content": " \n"}]}, "empty_content", "assistant"),
+    ("messages", {"messages": [USER, {"role": "assistant"}]}, "empty_content", "assistant"),
+    ("messages", {"messages": [USER, {"role": "assistant", "content": 7}]}, "wrong_type", "int"),
+    (
+        "messages",
+        {"messages": [USER, {"role": "assistant", "content": "\ud800"}]},
+        "invalid_unicode",
+        "surrogate",
+    ),
+    ("messages", {"messages": []}, "no_turns", "empty"),
+    ("messages", {"messages": [SYSTEM]}, "no_turns", "user turn"),
+    ("messages", {"messages": "Hi"}, "wrong_type", "str"),
+    ("messages", {"messages": ["Hi"]}, "wrong_type", "object"),
+    ("messages", {"message": [USER]}, "missing_field", "the row has message"),
+    ("messages", {"messages": [ANSWER]}, "first_turn_not_user", "'assistant'"),
+    ("messages", {"messages": [USER, USER, ANSWER]}, "roles_not_alternating", "turn 2"),
+    ("messages", {"messages": [USER, ANSWER, ANSWER]}, "roles_not_alternating", "turn 3"),
+    (
+        "messages",
+        {"messages": [USER, {"role": "tool", "content": "1"}, ANSWER]},
+        "roles_not_alternating",
+        "tool",
+    ),
+    ("messages", {"messages": [USER, SYSTEM, ANSWER]}, "misplaced_system", "system"),
+    (
+        "messages",
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, ANSWER]},
+        "unsupported_content",
+        "'image'",
+    ),
+    ("sharegpt", {"conversations": [{"from": "alien", "value": "Hi"}]}, "unknown_role", "'alien'"),
+    ("alpaca", {"instruction": "", "output": "Hello"}, "empty_content", "user"),
+    ("alpaca", {"instruction": "Hi", "output": "Hello", "history": ["Hi"]}, "wrong_type", "history"),
+    ("alpaca", {"instruction": "Hi"}, "missing_field", "'output'"),
+    ("prompt_completion", {"prompt": "Hi", "completion": ""}, "empty_content", "assistant"),
+    ("prompt_completion", {"prompt": [USER, ANSWER], "completion": "x"}, "roles_not_alternating", "turn 3"),
+    ("preference", {"prompt": "Hi", "chosen": "Same ", "rejected": "Same"}, "identical_sides", "Same"),
+    ("preference", {"prompt": "Hi", "chosen": "Hello", "rejected": None}, "missing_field", "'rejected'"),
+    ("preference", {"chosen": "Hello", "rejected": "What?"}, "missing_field", "no prompt"),
+    ("preference", {"prompt": "Ho", "chosen": [USER, ANSWER], "rejected": "x"}, "prompt_mismatch", "'Hi'"),
+    (
+        "preference",
+        {"chosen": [USER, ANSWER], "rejected": [SYSTEM, USER, WORSE]},
+        "prompt_mismatch",
+        "rejected",
+    ),
+    (
+        "preference",
+        {"prompt": [USER, ANSWER], "chosen": "a", "rejected": "b"},
+        "prompt_not_ending_in_user",
+        "assi",
+    ),
+    (
+        "preference",
+        {"prompt": "Hi", "chosen": [USER], "rejected": "b"},
+        "side_not_one_assistant_turn",
+        "chosen",
+    ),
+    ("hh", {"chosen": HH + "Hello", "rejected": "\n\nHuman: Ho\n\nAssistant: x"}, "prompt_mismatch", "'Ho'"),
+    (
+        "hh",
+        {"chosen": HH + "a\n\nHuman: b\n\nAssistant: c", "rejected": HH + "a"},
+        "prompt_mismatch",
+        "turns",
+    ),
+    ("hh", {"chosen": HH, "rejected": HH + "What?"}, "empty_content", "assistant"),
+    ("hh", {"chosen": "Hello", "rejected": HH}, "not_a_transcript", "Hello"),
+    (
+        "hh",
+        {"chosen": HH + "a\n\nAssistant: b", "rejected": HH + "a\n\nAssistant: c"},
+        "prompt_not_ending_in_user",
+        "a",
+    ),
+    (
+        "hh",
+        {"chosen": HH + "Hi\n\nHuman: x", "rejected": HH + "Hi\n\nHuman: y"},
+        "prompt_not_ending_in_user",
+        "a",
+    ),
+    ("hh", {"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: y"}, "no_turns", "one turn"),
+    ("text", {"text": "  "}, "empty_content", "text"),
+    ("text", {"text": 3}, "wrong_type", "int"),
+    ("prompt", {"prompt": [USER, ANSWER]}, "prompt_not_ending_in_user", "'assistant'"),
+]
+
+
+@pytest.mark.parametrize(("form", "row", "reason", "says"), BAD)
+def test_bad_row(form: str, row: dict[str, Any], reason: str, says: str) -> None:
+    with pytest.raises(InvalidRecord) as caught:
+        FORMATS[form].parse(row)
+    assert caught.value.reason == reason
+    assert says in str(caught.value)
+
+
+def test_every_format_has_good_and_bad_rows() -> None:
+    assert {form for form, *_ in GOOD} == {form for form, *_ in BAD} == set(FORMATS)
+
+
+def test_tool_calls_of_both_conventions_read_alike() -> None:
+    call = {"name": "age", "arguments": {"born": 1990}}
+    tools = [{"name": "age"}]
+    sharegpt = {
+        "conversations": [
+            {"from": "human", "value": "My age?"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": "31"},
+            {"from": "gpt", "value": "31."},
+        ],
+        "tools": tools,
+    }
+    arguments = json.dumps(call["arguments"])
+    openai = {
+        "messages": [
+            {"role": "user", "content": "My age?"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"function": {"name": "age", "arguments": arguments}}],
+            },
+            {"role": "tool", "content": "31"},
+            {"role": "assistant", "content": "31."},
+        ],
+        "tools": tools,
+    }
+    record = FORMATS["sharegpt"].parse(sharegpt)
+    assert record == FORMATS["messages"].parse(openai)
+    assert [role for role, _ in record.turns()] == ["user", "assistant", "tool", "assistant"]
+    assert json.loads(record.meta) == {"tools": tools}
+
+
+def test_several_tool_results_may_follow_each_other() -> None:
+    tool = {"role": "tool", "content": "1"}
+    assert FORMATS["messages"].parse({"messages": [USER, ANSWER, tool, tool, ANSWER]}).kind == "conversation"
+
+
+def test_transcript_keeps_speaker_names_inside_a_turn() -> None:
+    row = {"chosen": HH + "I am no Human: I think", "rejected": HH + "Fine.\nAssistant: yes"}
+    record = FORMATS["hh"].parse(row)
+    assert record.chosen[0].content == "I am no Human: I think"
+    assert record.rejected[0].content == "Fine.\nAssistant: yes"
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": [USER, ANSWER], "label": False}, {"question": "Hi"}, {}, {"text": None}]
+)
+def test_detection_refuses_what_it_does_not_know(row: dict[str, Any]) -> None:
+    assert detect(row) is None
+
+
+def test_projections_of_a_pair() -> None:
+    pair = PreferenceRecord(PAIR.prompt, PAIR.chosen, PAIR.rejected, source="f:1", group="g", meta='{"a": 1}')
+    talk = project(pair, "conversation")
+    assert (talk.source, talk.group, talk.meta) == ("f:1", "g", '{"a": 1}')
+    assert talk.turns() == TALK.turns()
+    assert project(pair, "conversation", "rejected").turns()[-1] == ("assistant", "What?")
+    assert project(pair, "prompt").turns() == [("user", "Hi")]
+    assert project(pair, "text").content_columns() == {"text": "Hi\n\nHello"}
+    assert project(talk, "prompt").turns() == [("user", "Hi")]
+    with pytest.raises(ValueError, match="text record cannot become prompt"):
+        project(TextRecord("Once."), "prompt")

@@ -1,0 +1,59 @@
+"""What the PPO configuration refuses, and the learning-rate schedules."""
+
+from __future__ import annotations
+
+import pytest
+
+from train.ppo.config import PpoStageConfig
+from train.ppo.trainer import learning_rate_factor
+
+INPUTS = {"model": "runs/sft", "reward": "runs/reward", "data": "runs/prompts"}
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    config = PpoStageConfig(**INPUTS)
+    assert (config.num_ppo_epochs, config.num_mini_batches, config.cliprange, config.cliprange_value) == (
+        4,
+        1,
+        0.2,
+        0.2,
+    )
+    assert (config.vf_coef, config.gamma, config.lam, config.kl_coef, config.adam_epsilon) == (
+        0.1,
+        1,
+        0.95,
+        0.05,
+        1e-5,
+    )
+    assert (config.missing_eos.mode, config.missing_eos.value) == ("replace", -1.0)
+
+
+def test_mini_batches_must_divide_the_batch() -> None:
+    with pytest.raises(ValueError, match="batch_size 10 is not divisible by num_mini_batches 4"):
+        PpoStageConfig(**INPUTS, batch_size=10, num_mini_batches=4)
+
+
+def test_dropout_is_not_a_setting() -> None:
+    with pytest.raises(ValueError, match="lora_dropout"):
+        PpoStageConfig(**INPUTS, peft={"r": 4, "lora_dropout": 0.1})
+
+
+def test_last_rollout_is_full() -> None:
+    assert PpoStageConfig(**INPUTS, total_episodes=129, batch_size=64).num_updates == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("linear", [1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [1.0, 0.8535534, 0.5, 0.1464466]),
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules(kind: str, expected: list[float]) -> None:
+    assert [learning_rate_factor(kind, update, 0, 4) for update in range(4)] == pytest.approx(expected)
+
+
+def test_warmup_starts_above_zero_and_ends_at_the_peak() -> None:
+    factors = [learning_rate_factor("linear", update, 3, 7) for update in range(7)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25])
