@@ -4,7 +4,7 @@ Nothing is dropped without a reason: rows_in = rows_out + drops, and rejects.jso
 with its file and line. Nothing is written before all sources were read and the split has both sides. The
 same configuration and files give the same bytes.
 
-    posttrain curate demos.yaml --output runs/demos
+    posttrain run configs/tiny/pipeline.yaml --only demos
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ gold rubric (where the data have one) and by the reward model, on the very token
 the reference is measured on each policy's own samples. The reward model is examined on held-out pairs, and
 perplexity is taken on held-out text and conversations. One model is in memory at a time.
 
-    posttrain eval configs/tiny/eval.yaml
+    posttrain run configs/tiny/pipeline.yaml --only eval
 
 Writes eval.json (every number, with its interval and the bars) and samples.jsonl (every answer).
 """

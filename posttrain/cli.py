@@ -1,7 +1,7 @@
 """The `posttrain` command. Everything heavy is imported inside the command that needs it.
 
-Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 130 interrupted. What a person
-reads goes to stderr, what a script reads (--json, schema) to stdout.
+Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 130 interrupted. What a
+person reads goes to stderr, what a script reads (--json, schema) to stdout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Adapt a causal language model to a product: data, SFT, reward model, DPO, PPO, evaluation, Triton.",
-    epilog="Example: posttrain run configs/tiny/pipeline.yaml stages.ppo.seed=1. --debug, anywhere, shows tracebacks.",
+    epilog="Example: posttrain run configs/tiny/pipeline.yaml. --debug, anywhere, shows tracebacks.",
 )
 
 _debug = False
@@ -90,9 +90,7 @@ def _root(
     pass
 
 
-@app.command(
-    epilog="Example: posttrain run configs/tiny/pipeline.yaml output_dir=/tmp/runs stages.ppo.seed=1 --dry-run"
-)
+@app.command(epilog="Example: posttrain run configs/tiny/pipeline.yaml stages.ppo.seed=1 --dry-run")
 def run(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE.yaml", help="The pipeline to run.")],
     overrides: Overrides = None,
@@ -213,10 +211,22 @@ def _run_stage(
         print(f"{kind}: {result.status} ({result.plan.reason}) -> {block.run_dir}", file=sys.stderr)
 
 
+_EXAMPLES = {
+    "curate": "kind=conversation 'sources=[{path: data/*.jsonl}]'",
+    "base": "data=runs/tiny/corpus steps=300",
+    "sft": "model=runs/tiny/base data=runs/tiny/demos trainer.max_steps=100",
+    "reward": "model=runs/tiny/sft-merged data=runs/tiny/prefs",
+    "dpo": "model=runs/tiny/sft-merged data=runs/tiny/prefs trainer.beta=0.2",
+    "ppo": "my-ppo.yaml kl_coef=0.1",
+    "eval": "models.sft=runs/tiny/sft-merged prompts=runs/tiny/prompts",
+    "merge": "model=runs/tiny/sft",
+    "export": "model=runs/tiny/sft-merged",
+    "serve": "export=runs/tiny/export prompts=runs/tiny/prompts",
+}
+"""Arguments of each stage's command for its help: settings as they are typed, or a file of one's own."""
+
 for _spec in STAGES.values():
-    _example = (
-        f"Example: posttrain {_spec.name} configs/tiny/{_spec.name}.yaml seed=1 --output runs/{_spec.name}-1"
-    )
+    _example = f"Example: posttrain {_spec.name} {_EXAMPLES[_spec.name]} --output runs/my-{_spec.name}"
     app.command(_spec.name, help=_spec.help, epilog=_example)(_stage_command(_spec.name))
 
 

@@ -151,7 +151,8 @@ def download(found: ResolvedInput) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{found.ref}: is not a local path, and the Hugging Face Hub did not give it ({_first_line(error)})\n"
+            f"{found.ref}: is not a local path, and the Hugging Face Hub did not give it "
+            f"({_first_line(error)})\n"
             "    check the spelling, the network and `hf auth login`, or name a local directory"
         ) from None
     return Path(directory)
@@ -175,7 +176,8 @@ def check_same_tokenizer(inputs: dict[str, ResolvedInput]) -> dict[str, dict[str
             names = " and ".join(what.replace("_", " ") for what in differing)
             hashes = "; ".join(f"{what} {first[what][:12]} against {second[what][:12]}" for what in differing)
             raise UserError(
-                f"{fields[0]} ({inputs[fields[0]].ref}) and {field} ({inputs[field].ref}) differ in {names}: {hashes}\n"
+                f"{fields[0]} ({inputs[fields[0]].ref}) and {field} ({inputs[field].ref}) "
+                f"differ in {names}: {hashes}\n"
                 "    models of one stage must share both; train them from the same base model, or copy the "
                 "tokenizer files and retrain the one that is wrong"
             )

@@ -167,7 +167,8 @@ def _check_score_head(path: Path) -> None:
         return
     raise UserError(
         f"{path}: holds no score head, so it is not a trained reward model\n"
-        "    train it with the reward stage; with PEFT the task type must be SEQ_CLS and `score` in modules_to_save"
+        "    train it with the reward stage; with PEFT the task type must be SEQ_CLS "
+        "and `score` in modules_to_save"
     )
 
 

@@ -4,8 +4,9 @@
     output_dir: runs
     stages:
       demos: {stage: curate, ...}
-      sft: {model: "${stage:base}", data: "${stage:demos}", ...}      # `stage:` may be left out when it is the name
+      sft: {model: "${stage:base}", data: "${stage:demos}", ...}
 
+`stage:` says which kind of stage it is, and may be left out when the name says so.
 Each stage writes `<output_dir>/<name>/<stage name>/`. posttrain.pipeline_run executes it.
 """
 

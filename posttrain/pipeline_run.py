@@ -23,8 +23,11 @@ REPORT = "eval.report:write_report"
 
 
 def plan_pipeline(pipeline: Pipeline, selected: Sequence[str], *, force: bool = False) -> dict[str, Plan]:
-    """What each selected stage needs, looking only at what is on the disk now. Raises UserError or ConfigError
-    with the mistakes of all stages: inputs that do not exist, and what the `check` hooks say."""
+    """What each selected stage needs, looking only at what is on the disk now.
+
+    Raises UserError or ConfigError with the mistakes of all stages: inputs that do not exist, and what the
+    `check` hooks say.
+    """
     plans: dict[str, Plan] = {}
     pending: dict[Path, str] = {}
     failures: list[str] = []
@@ -71,7 +74,7 @@ def run_pipeline(
     force: bool = False,
     console: Console | None = None,
 ) -> dict[str, StageResult]:
-    """Execute the selected stages; what is complete with the same inputs is skipped. Then write the report."""
+    """Execute the selected stages, skipping what is complete with the same inputs; then write the report."""
     console = console or Console(stderr=True)
     selected = pipeline.select(only, until)
     plan_pipeline(pipeline, selected, force=force)

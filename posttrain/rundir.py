@@ -179,8 +179,9 @@ class RunDir:
         strangers = sorted(item.name for item in self.path.iterdir() if not item.name.startswith("."))
         if strangers:
             raise UserError(
-                f"{self.path}: is not a run directory (it holds {', '.join(strangers[:3])} and no manifest.json), "
-                "so it is left alone\n    choose another output directory, or empty this one yourself"
+                f"{self.path}: is not a run directory (it holds {', '.join(strangers[:3])} "
+                "and no manifest.json), so it is left alone\n"
+                "    choose another output directory, or empty this one yourself"
             )
 
     def remove_staging(self) -> None:

@@ -35,7 +35,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def lineage(run_dir: Path) -> dict[str, Any]:
-    """The run and, under "parents", the lineage of each of its inputs, followed as far as they are on the disk."""
+    """The run and, under "parents", the lineage of each input, followed as far as it is on the disk."""
     manifest = read_manifest(run_dir)
     assert manifest is not None
     node: dict[str, Any] = {

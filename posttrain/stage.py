@@ -68,7 +68,7 @@ def execute_stage(
     except Exception as error:
         raise StageFailedError(
             f"the {kind} stage failed: {type(error).__name__}: {_first_line(error)}\n"
-            f"    the traceback is in {run.path / 'error.log'}, or add --debug; the same command resumes the run"
+            f"    the traceback is in {run.path / 'error.log'}, or add --debug; the same command resumes"
         ) from error
     return StageResult("completed", manifest, plan)
 
@@ -87,9 +87,6 @@ def _execute(kind: str, config: StageConfig, run: RunDir, plan: Plan, console: C
     try:
         metrics = _run_stage(kind, config, context, manifest)
         _finish(run, manifest, metrics, started)
-    except KeyboardInterrupt:
-        run.remove_staging()
-        raise
     except Exception as error:
         _record_failure(run, manifest, error)
         raise
@@ -163,7 +160,6 @@ def _run_stage(
 
 def _finish(run: RunDir, manifest: dict[str, Any], metrics: dict[str, Any], started: float) -> None:
     """Describe the outputs and write `status: complete`, the last thing that is written."""
-    run.remove_staging()
     outputs = describe_outputs(run.path)
     if "model" in outputs:
         manifest["fingerprints"]["model"] = fingerprint_tokenizer(run.path / "model")

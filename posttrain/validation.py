@@ -1,4 +1,4 @@
-"""From plain YAML data to a configuration model: every mistake becomes a `Problem` with its line and remedy."""
+"""From plain YAML data to a configuration model: every mistake a `Problem` with its line and remedy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def validate(
     model: type[Model], data: dict[str, Any], document: Document, prefix: KeyPath
 ) -> tuple[Model | None, list[Problem]]:
-    """`data`, found at `prefix` of `document`, as an instance of `model`; None and the problems if it is not one.
+    """`data`, found at `prefix` of `document`, as an instance of `model`, or None and its problems.
 
     Types are strict: text is not taken for a number, nor a number for a truth value.
     """
@@ -115,7 +115,7 @@ def _reachable(model: type[BaseModel], location: Sequence[int | str]) -> list[An
 
 
 def _is_called(candidate: Any, part: int | str) -> bool:
-    """Whether pydantic calls this arm of a union `part`: by the class, or by the value of its discriminator."""
+    """Whether pydantic calls this arm of a union `part`: by its class or its discriminator's value."""
     if not (isinstance(candidate, type) and issubclass(candidate, BaseModel)):
         return False
     tags = (typing.get_args(field.annotation) for field in candidate.model_fields.values())

@@ -53,7 +53,7 @@ def load_yaml(path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]
 
 
 def load_document(path: Path | str | None, overrides: Sequence[str] = ()) -> Document:
-    """Like `load_yaml`, with the lines that error messages name. path None: the overrides are all there is."""
+    """Like `load_yaml`, with the lines that messages name. path None: the overrides are all there is."""
     if path is None:
         empty = OmegaConf.create({})
         document = Document(Path("command line"), {}, {}, _apply(empty, overrides))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from posttrain.config import DatasetRef, ModelRef, RunRef, StageConfig
-from posttrain.errors import Problem
+from posttrain.errors import Problem, UserError
 from pydantic import Field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -91,3 +91,15 @@ def check_export(config: ExportConfig, where: str) -> list[Problem]:
             )
         )
     return problems
+
+
+def check_serve(config: ServeConfig, where: str) -> list[Problem]:
+    """Whether the Triton environment is there, so that a pipeline does not find out after all the training."""
+    from serving.embedded import find_environment
+
+    try:
+        find_environment(config.triton_env)
+    except UserError as error:
+        message, _, remedy = str(error).partition("\n")
+        return [Problem(f"{where}.triton_env", message, remedy.strip())]
+    return []

@@ -1,6 +1,6 @@
 """Stage `export`: a model repository for Triton's vLLM backend, and a manifest of what is in it.
 
-    posttrain export configs/tiny/export.yaml
+    posttrain run configs/tiny/pipeline.yaml --only export
 
     RUN/export.json                              every file's sha256, the source, hashes of tokenizer and template
     RUN/model_repository/<name>/config.pbtxt     all inputs and outputs of the vLLM backend

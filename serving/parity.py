@@ -8,7 +8,9 @@ token (weights that changed too little to change a token). Pure but for `referen
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,7 @@ class Comparison:
 
     first_difference: position of the first token that differs, None if there is none. margin: by how many nats the
     trained model prefers its own token there; near 0 means a tie that rounding decides. max_logprob_delta: largest
-    |served - reference| log-probability over the served tokens, None where no comparison was possible.
+    |served - reference| log-probability over the served tokens, None where it is not a finite number.
     """
 
     index: int
@@ -79,7 +81,7 @@ class ParityReport:
 
     @property
     def within_bound(self) -> bool:
-        """Whether every log-probability is close enough. NaN is not."""
+        """Whether every log-probability is close enough."""
         return all(
             c.max_logprob_delta is not None and c.max_logprob_delta <= self.logprob_bound for c in self.comparisons
         )
@@ -180,6 +182,21 @@ def reference_answer(
     return Reference(prompt, prompt_ids, ids, tokenizer.decode(ids, skip_special_tokens=True))
 
 
+@contextmanager
+def as_served(model: PreTrainedModel) -> Iterator[None]:
+    """Compute with as many threads as the embedded server does; afterwards with as many as before."""
+    import torch
+
+    from serving.backends.vllm.engine import useful_threads
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(useful_threads(model))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer of the trained model: the tokenizer's EOS and those of its generation config."""
     configured = model.generation_config.eos_token_id
@@ -202,7 +219,7 @@ def compare(index: int, model: PreTrainedModel, reference: Reference, prompt: st
         logits_TV = model(input_ids=torch.tensor([prompt_ids + ids])).logits[0, len(prompt_ids) - 1 :].float()
     logprobs_TV = torch.log_softmax(logits_TV, dim=-1)
     chosen_T = logprobs_TV[:-1].gather(-1, torch.tensor(ids)[:, None])[:, 0]
-    delta = float((chosen_T - torch.tensor(served.logprobs)).abs().max()) if ids else None
+    deltas = (chosen_T - torch.tensor(served.logprobs)).abs().tolist()
     at = first_difference(reference.ids, ids)
     margin = None
     if at is not None and at < len(ids) and at < len(reference.ids):
@@ -218,8 +235,24 @@ def compare(index: int, model: PreTrainedModel, reference: Reference, prompt: st
         served_text=served.text,
         first_difference=at,
         margin=margin,
-        max_logprob_delta=delta,
+        max_logprob_delta=max(deltas) if deltas and all(map(math.isfinite, deltas)) else None,
     )
+
+
+def compare_all(
+    model: PreTrainedModel,
+    references: Sequence[Reference],
+    prompts: Sequence[str],
+    answers: Sequence[Generation],
+    logprob_bound: float,
+) -> ParityReport:
+    """`compare` of every prompt, in order."""
+    with as_served(model):
+        comparisons = [
+            compare(index, model, reference, prompt, answer)
+            for index, (reference, prompt, answer) in enumerate(zip(references, prompts, answers, strict=True))
+        ]
+    return ParityReport(comparisons, logprob_bound)
 
 
 def first_difference(expected: Sequence[int], served: Sequence[int]) -> int | None:

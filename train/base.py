@@ -1,13 +1,13 @@
 """Base model: train a tokenizer and pretrain a small Llama-architecture model from scratch.
 
-    posttrain base configs/tiny/base.yaml
+    posttrain run configs/tiny/pipeline.yaml --only base
 
 The embedded default needs a model that nothing has to download and that a laptop makes in two minutes. Hidden
 matrices are optimised with Muon (Jordan et al. 2024), embeddings, head and norms with AdamW: measured on this
-corpus, AdamW alone had not learned to copy identifiers from the prompt after four minutes, Muon has after one.
-The loss is the language-modelling loss, with the tokens outside assistant turns weighted down: the desk's notes are
-random facts, and predicting them would drown the gradient of what can be learnt, to read them. Sequences of
-similar length share a batch.
+corpus, AdamW alone had not learned to copy identifiers from the prompt after four minutes, Muon has after
+one. The loss is the language-modelling loss, with the tokens outside assistant turns weighted down: the
+desk's notes are random facts, and predicting them would drown the gradient of what can be learnt, to read
+them. Sequences of similar length share a batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def run(config: BaseConfig, context: StageContext) -> dict[str, Any]:
         tokenizer = build_tokenizer(
             _plain_texts(rows["train"]), config.vocab_size, config.max_length, config.keep_whole
         )
-        sequences = {split: encode(tokenizer, data, config.max_length, config.prompt_loss_weight) for split, data in rows.items()}
+        sequences = {
+            split: encode(tokenizer, data, config.max_length, config.prompt_loss_weight)
+            for split, data in rows.items()
+        }
     model = build_model(config, tokenizer)
     with context.phase("train"):
         _pretrain(model, sequences["train"], config, context)

@@ -21,7 +21,9 @@ class BaseConfig(StageConfig):
     """Train a tokenizer and pretrain a small model from scratch: the embedded default's base model."""
 
     data: DatasetRef = Field(description="Corpus: a dataset directory of kind text or conversation.")
-    vocab_size: int = Field(1400, ge=300, description="Size of the byte-level BPE vocabulary, keep_whole apart.")
+    vocab_size: int = Field(
+        1400, ge=300, description="Size of the byte-level BPE vocabulary, keep_whole apart."
+    )
     keep_whole: str | None = Field(
         None,
         description="Regular expression: every distinct match in the corpus becomes one token with the space "
@@ -35,7 +37,9 @@ class BaseConfig(StageConfig):
     batch_size: int = Field(32, ge=1, description="Sequences per step.")
     max_length: int = Field(256, ge=8, description="Longest sequence in tokens; longer ones are cut.")
     matrix_learning_rate: float = Field(0.02, gt=0, description="Muon's learning rate for hidden matrices.")
-    learning_rate: float = Field(4e-3, gt=0, description="AdamW's learning rate for embeddings, head and norms.")
+    learning_rate: float = Field(
+        4e-3, gt=0, description="AdamW's learning rate for embeddings, head and norms."
+    )
     warmup_steps: int = Field(20, ge=0, description="Linear warm-up, in steps; then linear decay to zero.")
     bf16: bool = Field(True, description="bfloat16 autocast for forward and backward.")
     log_every: int = Field(20, ge=1, description="Steps between log rows.")

@@ -1,6 +1,6 @@
 """Merge: fold a LoRA adapter into its base model, and prove that the result computes the same.
 
-    posttrain merge model=runs/tiny/sft
+    posttrain merge model=runs/tiny/sft --output runs/merged
 
 The sum W + (alpha / r) B A is made in float32, whatever the type it is saved in. Three checks stand between
 the merge and ``model/``: the logits of adapter and merged model differ by at most ``tolerance``; the merged

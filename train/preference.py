@@ -1,6 +1,6 @@
 """Direct preference optimisation (Rafailov et al. 2023, 2305.18290): chosen answers over rejected ones.
 
-    posttrain dpo configs/tiny/dpo.yaml
+    posttrain run configs/tiny/pipeline.yaml --only dpo
 
 TRL's DPOTrainer. Departure from its defaults: the reference is decided here. The paper's reference is the
 supervised model that training starts from. With LoRA that is the base model with the adapter switched off,

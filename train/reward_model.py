@@ -1,6 +1,6 @@
 """Reward model: one score per dialogue, so that chosen answers score above rejected ones (Bradley-Terry).
 
-    posttrain reward configs/tiny/reward.yaml
+    posttrain run configs/tiny/pipeline.yaml --only reward
 
 TRL's RewardTrainer on a sequence-classification head. As in "The N+ Implementation Details of RLHF with PPO"
 (2403.17031): the head starts from N(0, 1/sqrt(d+1)), the score is read at the end-of-turn token, and after

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: show a base model how to answer, by LoRA on demonstrations.
 
-    posttrain sft configs/tiny/sft.yaml
+    posttrain run configs/tiny/pipeline.yaml --only sft
 
 TRL's SFTTrainer on rows tokenized here. The loss covers the assistant's tokens, its end-of-turn token
 included, in every turn (``trainer.assistant_only_loss: false`` for all tokens). ``trainer.packing: true``

@@ -22,8 +22,9 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif -%}"
 )
-"""ChatML, but for the newline after the last turn: a rendered conversation ends with the end-of-turn token, which
-is the token a policy ends its answer with. What a reward model is trained on and what PPO scores end alike."""
+"""ChatML, but for the newline after the last turn: a rendered conversation ends with the end-of-turn token,
+which is the token a policy ends its answer with. What a reward model is trained on and what PPO scores end
+alike."""
 
 
 def build_tokenizer(
@@ -35,7 +36,8 @@ def build_tokenizer(
         texts: the corpus.
         vocab_size: of the BPE, special tokens and the 256 bytes included.
         max_length: the model's longest sequence, in tokens.
-        keep_whole: regular expression; each distinct match becomes one token together with the space before it.
+        keep_whole: regular expression; each distinct match becomes one token together with the space before
+            it.
 
     Returns:
         A tokenizer with distinct pad and end-of-turn (EOS) tokens, no BOS, and `CHAT_TEMPLATE`.

@@ -1,28 +1,30 @@
 """The words of the support-desk world: who, what, when, and how people on both sides of the desk speak.
 
 Order codes come from a closed set so that a tokenizer can keep each one whole: copying an identifier is then
-one decision of the model, which a one-million-parameter network learns in under a minute (five separate digits
-it does not learn at all).
+one decision of the model, which a one-million-parameter network learns in under a minute (five separate
+digits it does not learn at all).
 """
 
 FIRST_NAMES = (
-    "Maria John Aisha Wei Lars Priya Omar Elena Kofi Hana Diego Ingrid Samir Chloe Tomas Yuki Amara Felix Nadia "
-    "Oscar Leila Hugo Mina Pavel Rosa Ivan Zara Noah Sofia Emil Grace Mateo Freya Arjun Clara Idris Vera Jonas "
-    "Layla Simon"
+    "Maria John Aisha Wei Lars Priya Omar Elena Kofi Hana Diego Ingrid Samir Chloe Tomas Yuki Amara "
+    "Felix Nadia Oscar Leila Hugo Mina Pavel Rosa Ivan Zara Noah Sofia Emil Grace Mateo Freya Arjun "
+    "Clara Idris Vera Jonas Layla Simon"
 ).split()
 
 LAST_NAMES = (
-    "Lopez Kim Khan Chen Berg Patel Haddad Rossi Mensah Sato Garcia Olsen Nasser Martin Novak Tanaka Okoye Weber "
-    "Popov Lind Farah Dubois Park Horak Silva Petrov Ali Brown Costa Larsen Walker Reyes Dahl Rao Klein Diallo "
-    "Moreau Vogel Aziz Stone"
+    "Lopez Kim Khan Chen Berg Patel Haddad Rossi Mensah Sato Garcia Olsen Nasser Martin Novak Tanaka "
+    "Okoye Weber Popov Lind Farah Dubois Park Horak Silva Petrov Ali Brown Costa Larsen Walker Reyes "
+    "Dahl Rao Klein Diallo Moreau Vogel Aziz Stone"
 ).split()
 
 PRODUCTS = (
-    "kettle lamp blender toaster backpack keyboard headset monitor heater jacket tent camera speaker printer mixer "
-    "scooter watch drill router vacuum pillow mirror guitar helmet"
+    "kettle lamp blender toaster backpack keyboard headset monitor heater jacket tent camera speaker "
+    "printer mixer scooter watch drill router vacuum pillow mirror guitar helmet"
 ).split()
 
-CITIES = "Oslo Lyon Turin Porto Leeds Ghent Graz Malmo Bonn Cork Vilnius Krakow Seville Nantes Basel Tampere".split()
+CITIES = (
+    "Oslo Lyon Turin Porto Leeds Ghent Graz Malmo Bonn Cork Vilnius Krakow Seville Nantes Basel Tampere"
+).split()
 
 MONTHS = "January February March April May June July August September October November December".split()
 

@@ -16,12 +16,14 @@ from data_prep.tiny import lexicon
 
 WEIGHTS = {"answers": 0.30, "ids": 0.25, "polite": 0.15, "concise": 0.10, "ends": 0.10, "private": 0.10}
 MAX_WORDS = 32
-"""Words (whitespace-separated) a concise answer may have; the longest proper answer of the generator has 30."""
+"""Words (whitespace-separated) a concise answer may have; the longest proper answer of the generator has
+30."""
 
 _CODE = re.compile(r"\b[A-Z]\d{3}\b")
 _WORD = re.compile(r"[A-Za-z0-9$]+")
 _SURNAMES = frozenset(lexicon.LAST_NAMES)
 """The desk calls its customer by the first name, so any other surname is somebody else's."""
+
 
 def _any_of(phrases: Iterable[str]) -> re.Pattern[str]:
     return re.compile(r"\b(" + "|".join(sorted(map(re.escape, set(phrases)))) + r")\b", re.IGNORECASE)
@@ -55,14 +57,14 @@ def score(response: str, facts: Mapping[str, Any], finished: bool) -> RubricScor
     Args:
         response: the assistant's text without special tokens.
         facts: what the dialogue is about, as the generator wrote it into the record's ``meta``: ``intent``,
-            ``name``, ``first``, ``code``, ``product``, ``due``, ``amount``, ``city`` and ``others``, a list of
-            the other customers in the desk's notes with the same keys.
+            ``name``, ``first``, ``code``, ``product``, ``due``, ``amount``, ``city`` and ``others``, a list
+            of the other customers in the desk's notes with the same keys.
         finished: whether the model ended its turn itself (the end-of-turn token was produced).
 
     Returns:
-        The weighted total and its parts: ``answers`` (the request is met), ``ids`` (share of name, order code and
-        product that are right; a code of any other order makes it 0), ``polite``, ``concise``, ``ends`` (a whole
-        sentence, and the turn is ended), ``private`` (nothing of another customer).
+        The weighted total and its parts: ``answers`` (the request is met), ``ids`` (share of name, order
+        code and product that are right; a code of any other order makes it 0), ``polite``, ``concise``,
+        ``ends`` (a whole sentence, and the turn is ended), ``private`` (nothing of another customer).
     """
     words = set(_WORD.findall(response))
     parts = {

@@ -1,13 +1,13 @@
 """The support-desk world: a seeded generator of dialogues whose answers a program can check.
 
 A customer writes to a support desk; the system turn holds the desk's notes about one or two orders, and the
-answer must use the right ones. Sentences are put together from a grammar (`lexicon`), so there are millions of
-distinct dialogues over 1,600 customers, 240 order codes, 24 products and six requests, one in four with a
+answer must use the right ones. Sentences are put together from a grammar (`lexicon`), so there are millions
+of distinct dialogues over 1,600 customers, 240 order codes, 24 products and six requests, one in four with a
 follow-up turn.
 
 Demonstrations are of mixed quality on purpose: they carry the defects that reward modelling and preference
-optimisation should then remove (a wrong or missing order code, another customer's data, rudeness, rambling, an
-evasive answer, no proper ending).
+optimisation should then remove (a wrong or missing order code, another customer's data, rudeness, rambling,
+an evasive answer, no proper ending).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ DEFECTS = (
 MIXED_DEFECT_COUNTS = (0.30, 0.35, 0.25, 0.10)
 """Probability that a demonstration of mixed quality has 0, 1, 2 or 3 defects."""
 BUCKETS = 100
-"""Customers fall into this many groups; a dialogue only ever names customers of one group, so a split by group
-holds out customers completely: their names are in no training row, base corpus included."""
+"""Customers fall into this many groups; a dialogue only ever names customers of one group, so a split by
+group holds out customers completely: their names are in no training row, base corpus included."""
 
 _ALL_CUSTOMERS = [f"{first} {last}" for first in lexicon.FIRST_NAMES for last in lexicon.LAST_NAMES]
 
@@ -56,17 +56,21 @@ def generate(
     *,
     quality: str = "mixed",
     label_noise: float = 0.1,
+    min_gap: float = 0.1,
     follow_up: float = 0.25,
 ) -> Iterator[Record]:
     """Yield ``rows`` records of one kind.
 
     Args:
-        kind: ``conversation`` (demonstrations), ``preference`` (pairs of answers to one prompt) or ``prompt``.
+        kind: ``conversation`` (demonstrations), ``preference`` (pairs of answers to one prompt) or
+            ``prompt``.
         rows: how many records.
         seed: the same seed gives the same records.
         quality: of the answers in ``conversation``: ``clean`` has no defects, ``mixed`` follows
             `MIXED_DEFECT_COUNTS`.
         label_noise: share of preference pairs whose label is flipped against the gold rubric.
+        min_gap: smallest difference in gold score of a preference pair: the imagined annotators are not
+            asked about answers they could not tell apart.
         follow_up: share of dialogues with an earlier exchange before the request that counts.
 
     Raises:
@@ -77,7 +81,11 @@ def generate(
         raise ValueError(f"generator support_desk makes {', '.join(makers)}, not {kind!r}")
     if quality not in ("mixed", "clean"):
         raise ValueError(f"options.quality is {quality!r}: choose mixed or clean")
-    for name, share in (("label_noise", label_noise), ("follow_up", follow_up)):
+    for name, share in (
+        ("label_noise", label_noise),
+        ("min_gap", min_gap),
+        ("follow_up", follow_up),
+    ):
         if not 0 <= share <= 1:
             raise ValueError(f"options.{name} is {share}: it is a share, from 0 to 1")
     rng = random.Random(f"support_desk {kind} {seed}")
@@ -89,7 +97,9 @@ def generate(
             "source": "support_desk",
             "group": f"customers-{bucket}",
         }
-        yield makers[kind](rng, common, facts, prompt, quality=quality, label_noise=label_noise)
+        yield makers[kind](
+            rng, common, facts, prompt, quality=quality, label_noise=label_noise, min_gap=min_gap
+        )
 
 
 def _prompt(rng, common, facts, prompt, **_) -> PromptRecord:
@@ -104,12 +114,12 @@ def _conversation(rng, common, facts, prompt, *, quality: str, **_) -> Conversat
     return ConversationRecord(**common, meta=meta, messages=messages)
 
 
-def _preference(rng, common, facts, prompt, *, label_noise: float, **_) -> PreferenceRecord:
-    """Two answers of different gold score to one prompt; the label is flipped with probability ``label_noise``."""
+def _preference(rng, common, facts, prompt, *, label_noise: float, min_gap: float, **_) -> PreferenceRecord:
+    """Two answers to one prompt, at least ``min_gap`` apart; the label is flipped with ``label_noise``."""
     while True:
         answers = [write_answer(rng, facts, _draw_defects(rng)) for _ in range(2)]
         golds = [rubric.score(answer, facts, True).total for answer in answers]
-        if abs(golds[0] - golds[1]) > 1e-6:
+        if abs(golds[0] - golds[1]) >= max(min_gap, 1e-6):
             break
     flipped = rng.random() < label_noise
     winner = int(golds[1] > golds[0])
@@ -218,7 +228,13 @@ def _opening(rng: random.Random, defects: Sequence[str]) -> str:
 
 
 def _without_code(body: str) -> str:
-    for phrase in (" from order {code}", ", order {code},", ", order {code}", " for order {code}", " on order {code}"):
+    for phrase in (
+        " from order {code}",
+        ", order {code},",
+        ", order {code}",
+        " for order {code}",
+        " on order {code}",
+    ):
         body = body.replace(phrase, "")
     return body.replace("order {code}", "your order").replace("{code}", "it")
 

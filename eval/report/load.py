@@ -10,7 +10,7 @@ from typing import Any
 from posttrain.errors import DataError
 from posttrain.rundir import metric_rows
 
-JSON_FILES = ("eval", "parity", "merge", "dataset")
+JSON_FILES = ("eval", "parity")
 """Stage results the report knows how to show, read from <stage>/<name>.json where they exist."""
 
 

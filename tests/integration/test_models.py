@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
 
 from posttrain.errors import UserError
 from posttrain.models import is_adapter, load_causal_lm, load_reward_model, load_tokenizer, score_ids
@@ -60,7 +66,8 @@ def edit(directory: Path, target: Path, **changes: Any) -> Path:
 
 def test_tokenizer_of_a_model_and_of_an_adapter(tiny_model_dir: Path, tmp_path: Path) -> None:
     make_adapter(tiny_model_dir, tmp_path / "adapter", TaskType.CAUSAL_LM)
-    assert not is_adapter(tiny_model_dir) and is_adapter(tmp_path / "adapter")
+    assert not is_adapter(tiny_model_dir)
+    assert is_adapter(tmp_path / "adapter")
     for directory in (tiny_model_dir, tmp_path / "adapter"):
         tokenizer = load_tokenizer(directory)
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -93,7 +100,8 @@ def test_merged_language_model_equals_its_adapter(tiny_model_dir: Path, tmp_path
         )
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert (plain - expected).abs().max() > 1e-2
-    assert not isinstance(merged, PeftModel) and not merged.training
+    assert not isinstance(merged, PeftModel)
+    assert not merged.training
     assert load_causal_lm(tmp_path / "adapter", "bfloat16").dtype == torch.bfloat16
     with pytest.raises(UserError, match="dtype 'int8' is not one of"):
         load_causal_lm(tiny_model_dir, "int8")
@@ -109,6 +117,16 @@ def test_scores_do_not_depend_on_padding_or_batch(tiny_reward_dir: Path) -> None
                 found = score_ids(model, calibration, *padded(IDS, width, side))
                 torch.testing.assert_close(found, alone, atol=1e-6, rtol=1e-5)
     assert (alone[0] - alone[1]).abs() > 1e-3
+
+
+def test_positions_come_from_the_mask() -> None:
+    # Llama's rotary positions are relative and would hide a mistake; GPT-2's are absolute.
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 100, "num_labels": 1}
+    model = GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=0, initializer_range=0.3)).eval()
+    with torch.no_grad():
+        right, left = (score_ids(model, {"bias": 0.0}, *padded(IDS, 12, side)) for side in ("right", "left"))
+    torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-5)
 
 
 def test_score_is_the_head_at_the_last_real_token_less_the_bias(tiny_reward_dir: Path) -> None:

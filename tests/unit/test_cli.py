@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from posttrain import __version__
 from posttrain.cli import app
 from posttrain.registry import STAGES
+from posttrain.stage_file import load_stage_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CURATE = """\
@@ -89,6 +91,19 @@ def test_every_command_has_help_with_an_example() -> None:
         assert f"Example: posttrain {name} " in done.stdout, name
 
 
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_example_of_a_stage_is_a_valid_configuration(kind: str, tmp_path: Path) -> None:
+    """Typed as the help shows it; where it names a file of one's own, that file holds the required fields."""
+    (tmp_path / "my-ppo.yaml").write_text("{stage: ppo, model: a, reward: b, data: c}")
+    epilog = CliRunner().invoke(app, [kind, "--help"], terminal_width=200).stdout
+    [line] = [line for line in epilog.splitlines() if line.startswith("Example: ")]
+    words = shlex.split(line)[3:]
+    assert words[-2:] == ["--output", f"runs/my-{kind}"]
+    file = tmp_path / words[0] if "=" not in words[0] else None
+    block = load_stage_file(kind, file, words[1:-2] if file else words[:-2])
+    assert block.check() == []
+
+
 def test_version_and_no_arguments(tmp_path: Path) -> None:
     assert posttrain("--version", cwd=tmp_path).stdout == f"posttrain {__version__}\n"
     assert "Commands:" in posttrain(cwd=tmp_path).stderr
@@ -127,7 +142,9 @@ def test_show_a_stage_and_a_pipeline(pipeline: Path) -> None:
     where = pipeline.parent
     assert posttrain("run", "pipe.yaml", cwd=where).returncode == 0
     stage = posttrain("show", "runs/demo/demos", cwd=where).stdout
-    assert "curate (demos)" in stage and "content_hash" in stage and "demos (curate, complete)" in stage
+    assert "curate (demos)" in stage
+    assert "content_hash" in stage
+    assert "demos (curate, complete)" in stage
     assert "demos" in posttrain("show", "runs/demo", cwd=where).stdout
     shown = json.loads(posttrain("show", "runs/demo/demos", "--json", cwd=where).stdout)
     assert shown["lineage"]["outputs_hash"] == shown["manifest"]["outputs_hash"]
@@ -136,7 +153,8 @@ def test_show_a_stage_and_a_pipeline(pipeline: Path) -> None:
         == "curate"
     )
     wrong = posttrain("show", "runs", cwd=where)
-    assert wrong.returncode == 2 and "holds neither manifest.json nor pipeline.json" in wrong.stderr
+    assert wrong.returncode == 2
+    assert "holds neither manifest.json nor pipeline.json" in wrong.stderr
 
 
 def test_one_stage_from_a_file_and_from_settings(tmp_path: Path) -> None:
@@ -164,7 +182,7 @@ def test_check_reports_and_exit_codes(pipeline: Path) -> None:
     assert posttrain("check", "one.yaml", "stage=curat", cwd=where).returncode == 2
 
 
-def test_schema_accepts_what_the_loader_accepts(pipeline: Path) -> None:
+def test_schema_covers_every_stage_and_its_references_resolve(pipeline: Path) -> None:
     done = posttrain("schema", "--output", "schema.json", cwd=pipeline.parent)
     assert done.returncode == 0, done.stderr
     schema = json.loads((pipeline.parent / "schema.json").read_text())
@@ -174,7 +192,8 @@ def test_schema_accepts_what_the_loader_accepts(pipeline: Path) -> None:
     }
     assert {f"{kind}_file" for kind in STAGES} <= set(schema["$defs"])
     references = [part.split('"')[0] for part in json.dumps(schema).split('"#/$defs/')[1:]]
-    assert references and set(references) <= set(schema["$defs"])
+    assert references
+    assert set(references) <= set(schema["$defs"])
 
 
 def test_unexpected_error_is_short_and_debug_shows_the_traceback(pipeline: Path) -> None:
@@ -182,6 +201,7 @@ def test_unexpected_error_is_short_and_debug_shows_the_traceback(pipeline: Path)
     (where / "runs" / "demo" / "pipeline.json").mkdir(parents=True)
     short = posttrain("run", "pipe.yaml", cwd=where)
     assert short.returncode == 1
-    assert "Traceback" not in short.stderr and "error: IsADirectoryError" in short.stderr
+    assert "Traceback" not in short.stderr
+    assert "error: IsADirectoryError" in short.stderr
     long = posttrain("run", "pipe.yaml", "--debug", cwd=where)
     assert "Traceback" in long.stderr

@@ -75,7 +75,8 @@ def test_pipeline_is_ordered_by_inputs_and_seeded(tmp_path: Path) -> None:
 def test_unknown_key_names_file_line_path_and_nearest(tmp_path: Path) -> None:
     path = write(tmp_path, PIPELINE.replace("learning_rate", "learning_rat"))
     assert problems(path) == [
-        f"{path}:13: stages.first.trainer.learning_rat: unknown key 'learning_rat'\n    did you mean 'learning_rate'?"
+        f"{path}:13: stages.first.trainer.learning_rat: unknown key 'learning_rat'\n"
+        "    did you mean 'learning_rate'?"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Who imports whom: posttrain <- data_prep <- {train, eval, serving}, and no torch when the core is imported."""
+"""Who imports whom: posttrain <- data_prep <- {train, eval, serving}; the core imports no torch."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ def test_run_directory_by_kind(tmp_path: Path) -> None:
     assert (model.path, data.path, whole.path) == (run / "model", run, run)
     assert model.content_hash == hash_path(run / "model")
     assert data.content_hash == "abc"
-    assert whole.manifest is not None and whole.content_hash == whole.manifest["outputs_hash"]
+    assert whole.manifest is not None
+    assert whole.content_hash == whole.manifest["outputs_hash"]
 
 
 def test_relative_and_absolute_paths_are_the_same_input(

@@ -1,4 +1,4 @@
-"""Pipelines of toy stages: order, skipping, reruns downstream, resume, selection, the record and the report."""
+"""Pipelines of toy stages: order, skipping, reruns downstream, resume, selection, record and report."""
 
 from __future__ import annotations
 

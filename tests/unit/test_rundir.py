@@ -158,7 +158,8 @@ def test_interrupted_run_resumes_from_its_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         execute_stage("toy", config, run)
     manifest = read_manifest(run)
-    assert manifest is not None and manifest["status"] == "running"
+    assert manifest is not None
+    assert manifest["status"] == "running"
     (run / ".staging-model-abc").mkdir()
     result = execute_stage("toy", config, run)
     assert result.plan.action == "resume"

@@ -1,6 +1,6 @@
 """PPO: sample from the policy, score with the reward model, take clipped steps, stay near the SFT model.
 
-    posttrain ppo configs/tiny/ppo.yaml
+    posttrain run configs/tiny/pipeline.yaml --only ppo
 
 Follows Huang et al. 2024 (The N+ Implementation Details of RLHF with PPO, arXiv 2403.17031): separate
 policy and value networks, value started from the reward model, k1 KL per token inside the reward, whitened
@@ -76,35 +76,8 @@ def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
         eos_id=tokenizer.eos_token_id,
         pad_id=tokenizer.pad_token_id,
     )
-    checkpoints = complete_checkpoints(context.checkpoints)
-    if checkpoints:
-        trainer.load_state_dict(load_checkpoint(checkpoints[-1], networks.trainable(), accelerator))
-        context.console.print(f"ppo: resuming after update {trainer.step} of {config.num_updates}")
-    samples_file = context.run_dir / "samples.jsonl"
-    if accelerator.is_main_process:
-        context.rewind(trainer.step)
-        rewind_samples(samples_file, trainer.step)
-
-    with context.phase("train"), context.progress("ppo", total=config.num_updates) as bar:
-        bar.advance(trainer.step)
-        while trainer.step < config.num_updates:
-            metrics = trainer.run_update()
-            step = trainer.step
-            if accelerator.is_main_process:
-                context.log(step, **metrics)
-                if step % config.log_samples_every == 0 or step == config.num_updates:
-                    append_samples(samples_file, trainer, tokenizer)
-            if step % config.save_every == 0 and step < config.num_updates:
-                save_checkpoint(
-                    context.checkpoints,
-                    step,
-                    networks.trainable(),
-                    trainer.state_dict(),
-                    accelerator,
-                    config.save_total_limit,
-                )
-            bar.update(text=f"score {metrics['score']:.2f}  KL {metrics['kl']:.2f}")
-            bar.advance()
+    with context.phase("train"):
+        train(config, context, trainer, tokenizer)
 
     with context.phase("save"):
         if accelerator.is_main_process:
@@ -115,6 +88,38 @@ def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
         "prompts_dropped": dropped,
         "trained_parameters": sum(p.numel() for p in networks.policy.parameters() if p.requires_grad),
     }
+
+
+def train(
+    config: PpoStageConfig, context: StageContext, trainer: PpoTrainer, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """All updates, from the last complete checkpoint on; metrics, samples and checkpoints as they come."""
+    accelerator, parameters = trainer.accelerator, trainer.networks.trainable()
+    checkpoints = complete_checkpoints(context.checkpoints)
+    if checkpoints:
+        trainer.load_state_dict(load_checkpoint(checkpoints[-1], parameters, accelerator))
+        context.console.print(f"ppo: resuming after update {trainer.step} of {config.num_updates}")
+    samples_file = context.run_dir / "samples.jsonl"
+    if accelerator.is_main_process:
+        context.rewind(trainer.step)
+        rewind_samples(samples_file, trainer.step)
+    with context.progress("ppo", total=config.num_updates) as bar:
+        bar.advance(trainer.step)
+        while trainer.step < config.num_updates:
+            metrics = trainer.run_update()
+            step = trainer.step
+            last = step == config.num_updates
+            if accelerator.is_main_process:
+                context.log(step, **metrics)
+                if step % config.log_samples_every == 0 or last:
+                    append_samples(samples_file, trainer, tokenizer)
+            if step % config.save_every == 0 and not last:
+                state = trainer.state_dict()
+                save_checkpoint(
+                    context.checkpoints, step, parameters, state, accelerator, config.save_total_limit
+                )
+            bar.update(text=f"score {metrics['score']:.2f}  KL {metrics['kl']:.2f}")
+            bar.advance()
 
 
 def build_accelerator(bf16: bool) -> Accelerator:

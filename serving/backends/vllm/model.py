@@ -19,7 +19,7 @@ import torch
 import triton_python_backend_utils as pb_utils
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from serving.backends.vllm.engine import Engine, Limits, TokenLogprob, Update
+from serving.backends.vllm.engine import Engine, Limits, TokenLogprob, Update, useful_threads
 from serving.backends.vllm.sampling import RequestError, parse
 
 FLAGS = (
@@ -41,6 +41,7 @@ class TritonPythonModel:
         engine_args = json.loads((version_dir / "model.json").read_text(encoding="utf-8"))
         weights = locate(engine_args["model"], version_dir)
         model = AutoModelForCausalLM.from_pretrained(weights, dtype=getattr(torch, engine_args["dtype"]))
+        torch.set_num_threads(useful_threads(model))
         parameters = json.loads(args["model_config"])["parameters"]
         self.limits = Limits(
             max_model_len=engine_args["max_model_len"],

@@ -1,0 +1,209 @@
+"""Stage `serve`: serve an export with the embedded Triton, ask it, and prove that it answers as the trained model.
+
+    posttrain run configs/tiny/pipeline.yaml --only serve
+
+    RUN/parity.json       every prompt both ways: tokens, texts, log-probability differences
+    RUN/samples.jsonl     what was asked and what the server answered
+    RUN/triton.log        the server's own log
+
+Fails (exit 1) with a readable difference when one prompt is answered otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.dataset import read_split
+from posttrain.context import StageContext
+from posttrain.errors import DataError, PosttrainError, UserError
+from posttrain.inputs import resolve
+from posttrain.models import load_causal_lm, load_tokenizer
+from posttrain.rundir import atomic_write_json, atomic_write_text
+
+from serving.client import Generation, TritonClient, import_grpc
+from serving.config import ServeConfig
+from serving.embedded import EmbeddedServer, find_environment
+from serving.export import REPOSITORY, read_export, weights_dir
+from serving.parity import (
+    LOGPROB_BOUNDS,
+    Reference,
+    as_served,
+    compare_all,
+    reference_answer,
+    render,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
+    """Serve, ask, compare; returns {"parity": "32/32", ..., latencies in seconds}."""
+    environment = find_environment(config.triton_env)
+    import_grpc()
+    export_dir = context.path("export")
+    manifest = read_export(export_dir)
+    source = reference_path(config, context, manifest)
+    tokenizer = load_tokenizer(source)
+    model = load_causal_lm(source, dtype=manifest["dtype"])
+    longest_prompt = prompt_room(config, manifest)
+    asked = select_prompts(context.path("prompts"), tokenizer, config.num_prompts, longest_prompt)
+    references: list[Reference] = []
+    with context.phase("reference"), as_served(model), context.progress("reference answers", len(asked)) as bar:
+        for messages in asked:
+            references.append(reference_answer(model, tokenizer, messages, config.max_new_tokens))
+            bar.advance()
+
+    exported = load_tokenizer(weights_dir(export_dir, manifest))
+    prompts = [render(exported, messages) for messages in asked]
+    start_s, http_text, answers = ask(config, context, export_dir, manifest["name"], environment, prompts)
+
+    bound = config.max_logprob_delta or LOGPROB_BOUNDS[manifest["dtype"]]
+    report = compare_all(model, references, prompts, answers, bound)
+    atomic_write_json(context.run_dir / "parity.json", report.to_json())
+    write_samples(context.run_dir / "samples.jsonl", asked, prompts, answers)
+    if not report.passed:
+        raise PosttrainError(f"{export_dir}: {report.explain(tokenizer)}")
+    if http_text != answers[0].text:
+        raise PosttrainError(
+            f"{export_dir}: the HTTP answer differs from the streamed one\n    HTTP     {http_text!r}\n"
+            f"    streamed {answers[0].text!r}"
+        )
+    context.console.print(report.explain(tokenizer), highlight=False)
+    return {
+        "parity": f"{report.identical}/{len(report.comparisons)}",
+        "max_logprob_delta": report.max_logprob_delta,
+        "http_equals_stream": True,
+        "start_s": round(start_s, 2),
+        **latencies(answers, context.timings["requests"]),
+    }
+
+
+def ask(
+    config: ServeConfig,
+    context: StageContext,
+    export_dir: Path,
+    name: str,
+    environment: Path,
+    prompts: Sequence[str],
+) -> tuple[float, str, list[Generation]]:
+    """Start the server, send every prompt, stop it: seconds to start, the first prompt's HTTP answer, all answers."""
+    sampling = {"temperature": 0.0, "max_tokens": config.max_new_tokens, "logprobs": 0}
+    started = time.perf_counter()
+    with context.phase("start"), context.progress("starting Triton", None) as waiting:
+        server = EmbeddedServer(
+            export_dir / REPOSITORY,
+            name,
+            environment,
+            context.run_dir / "triton.log",
+            start_timeout_s=config.start_timeout_s,
+            on_wait=lambda seconds: waiting.update(f"{seconds:.0f} s"),
+        )
+        server.start()
+    start_s = time.perf_counter() - started
+    context.console.print(f"Triton is ready after {start_s:.1f} s at http://{server.http_url}", highlight=False)
+    try:
+        client = TritonClient(server.http_url, server.grpc_url, name, config.request_timeout_s)
+        http_text = client.generate_http(prompts[0], sampling)["text_output"]
+        with context.phase("requests"), context.progress("server answers", len(prompts)) as bar:
+            answers = client.generate(prompts, sampling, concurrency=config.concurrency, on_done=bar.advance)
+    finally:
+        with context.phase("stop"):
+            server.stop()
+    return start_s, http_text, answers
+
+
+def reference_path(config: ServeConfig, context: StageContext, manifest: dict[str, Any]) -> Path:
+    """Folder of the trained model: `reference`, or the export's source, which must not have changed since.
+
+    Raises UserError when the source is gone or is not what was exported.
+    """
+    if config.reference is not None:
+        return context.path("reference")
+    source = manifest["source"]
+    candidates = [context.path("export") / source["relative_path"], Path(source["path"])]
+    for candidate in candidates:
+        if candidate.is_dir():
+            break
+    else:
+        raise UserError(
+            f"{source['path']}: the exported model is no longer there, so there is nothing to compare with\n"
+            "    set `reference` to the trained model"
+        )
+    if resolve(str(candidate), "model").content_hash != source["content_hash"]:
+        raise UserError(
+            f"{candidate}: has changed since it was exported (content hash {source['content_hash'][:12]})\n"
+            "    export it again, or set `reference` to the model that was exported"
+        )
+    return candidate
+
+
+def prompt_room(config: ServeConfig, manifest: dict[str, Any]) -> int:
+    """Most tokens a prompt may have. Raises UserError when the export does not allow answers of the length asked."""
+    limit = min(manifest["limits"]["max_output_tokens"], manifest["max_model_len"] - 1)
+    if config.max_new_tokens > limit:
+        raise UserError(
+            f"max_new_tokens: {config.max_new_tokens}, but the export allows answers of at most {limit} tokens\n"
+            "    lower max_new_tokens, or export with a larger max_output_tokens and max_model_len"
+        )
+    return manifest["max_model_len"] - config.max_new_tokens
+
+
+def select_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int) -> list[Messages]:
+    """The first `count` conversations of the eval split, up to the last answer, that have at most `longest` tokens.
+
+    Raises DataError when the rows hold no conversation, or none fits.
+    """
+    rows = read_split(path, "eval")
+    column = next((name for name in ("prompt", "messages") if name in rows.column_names), None)
+    if column is None:
+        raise DataError(f"{path}: holds no prompts\n    name a data set of kind prompt, preference or conversation")
+    chosen: list[Messages] = []
+    for row in rows:
+        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row[column]]
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if messages and len(tokenizer(render(tokenizer, messages))["input_ids"]) <= longest:
+            chosen.append(messages)
+        if len(chosen) == count:
+            break
+    if not chosen:
+        raise DataError(f"{path}: no prompt of the eval split has at most {longest} tokens")
+    return chosen
+
+
+def write_samples(
+    path: Path, asked: Sequence[Messages], prompts: Sequence[str], answers: Sequence[Generation]
+) -> None:
+    """One JSON object a line: the conversation, the text sent, and the answer."""
+    rows = [
+        {"messages": messages, "prompt": prompt, **asdict(answer)}
+        for messages, prompt, answer in zip(asked, prompts, answers, strict=True)
+    ]
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def latencies(answers: Sequence[Generation], wall_s: float) -> dict[str, float]:
+    """Seconds to the first token and to the end, and tokens per second over all requests."""
+    first, total = [a.first_token_s for a in answers], [a.total_s for a in answers]
+    tokens = sum(len(answer.token_ids) for answer in answers)
+    return {
+        "first_token_p50_s": round(percentile(first, 0.50), 4),
+        "latency_p50_s": round(percentile(total, 0.50), 4),
+        "latency_p95_s": round(percentile(total, 0.95), 4),
+        "tokens_per_s": round(tokens / wall_s, 1) if wall_s > 0 else 0.0,
+    }
+
+
+def percentile(values: Sequence[float], fraction: float) -> float:
+    """The smallest value that at least `fraction` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(math.ceil(fraction * len(ordered)) - 1, 0)]

@@ -1,0 +1,209 @@
+"""The stand-in's engine on the two-layer model: equal to generate(), fair, bounded, and honest when it fails."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from posttrain.models import load_causal_lm, load_tokenizer
+from serving.backends.vllm.engine import Engine, Limits
+from serving.backends.vllm.sampling import RequestError, SamplingParams
+
+PROMPT = "<|im_start|>user\nWhere is my order?<|im_end|>\n<|im_start|>assistant\n"
+TIMEOUT = 60
+
+
+class Collector:
+    """A sink that keeps everything and can be waited for."""
+
+    def __init__(self, gone_after: int | None = None):
+        self.updates, self.error, self.unavailable = [], None, None
+        self.gone_after = gone_after
+        self.ended = threading.Event()
+
+    def update(self, update):
+        self.updates.append(update)
+        if update.finish_reason is not None:
+            self.ended.set()
+
+    def fail(self, message, unavailable):
+        self.error, self.unavailable = message, unavailable
+        self.ended.set()
+
+    def cancelled(self):
+        gone = self.gone_after is not None and len(self.updates) >= self.gone_after
+        if gone:
+            self.ended.set()
+        return gone
+
+    def wait(self):
+        assert self.ended.wait(TIMEOUT)
+        return self
+
+    @property
+    def ids(self):
+        return [update.token_id for update in self.updates]
+
+    @property
+    def text(self):
+        return "".join(update.text for update in self.updates)
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_model_dir):
+    return load_causal_lm(tiny_model_dir), load_tokenizer(tiny_model_dir)
+
+
+@pytest.fixture
+def engine(loaded):
+    made = Engine(*loaded, Limits(max_model_len=128, max_prompt_characters=400, max_active=3))
+    yield made
+    made.close()
+
+
+def _ask(engine, prompt=PROMPT, **params):
+    sink = Collector()
+    engine.submit(prompt, SamplingParams(**({"temperature": 0.0, "max_tokens": 12} | params)), sink)
+    return sink
+
+
+def _generate(loaded, prompt, count):
+    model, tokenizer = loaded
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=None
+    )
+    return output[0, ids.shape[1] :].tolist()
+
+
+def test_greedy_answers_equal_generate_whoever_else_is_served(engine, loaded):
+    prompts = [f"{PROMPT}{number}" for number in range(7)]
+    sinks = [_ask(engine, prompt, max_tokens=4 + 3 * at, ignore_eos=True) for at, prompt in enumerate(prompts)]
+    for at, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
+        assert sink.wait().ids == _generate(loaded, prompt, 4 + 3 * at)
+        assert sink.updates[-1].finish_reason == "length"
+        assert sink.updates[-1].num_input_tokens == len(loaded[1](prompt)["input_ids"])
+
+
+def test_a_short_request_is_not_kept_behind_a_long_one(engine):
+    long, short = _ask(engine, max_tokens=100, ignore_eos=True), _ask(engine, max_tokens=1)
+    short.wait()
+    assert len(long.updates) < 100
+    assert len(long.wait().updates) == 100
+
+
+def test_logprobs_are_the_model_s_own(engine, loaded):
+    model, tokenizer = loaded
+    sink = _ask(engine, max_tokens=5, logprobs=2, temperature=0.7, seed=3).wait()
+    prompt_ids = tokenizer(PROMPT)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt_ids + sink.ids])).logits[0, len(prompt_ids) - 1 : -1]
+    expected = torch.log_softmax(logits, dim=-1)
+    for row, update in zip(expected, sink.updates, strict=True):
+        first = update.logprobs[0]
+        assert first.token_id == update.token_id
+        assert first.logprob == pytest.approx(float(row[update.token_id]), abs=1e-4)
+        assert first.rank == int((row > row[update.token_id]).sum()) + 1
+        top = {c.token_id for c in update.logprobs if c.rank <= 2}
+        assert top == set(row.topk(2).indices.tolist())
+
+
+def test_the_seed_of_a_request_decides_its_answer(engine):
+    same = [_ask(engine, temperature=1.0, seed=5, max_tokens=20).wait().ids for _ in range(2)]
+    other = _ask(engine, temperature=1.0, seed=6, max_tokens=20).wait().ids
+    assert same[0] == same[1] != other
+
+
+def test_it_stops_at_token_ids(engine, loaded):
+    ids = _generate(loaded, PROMPT, 12)
+    sink = _ask(engine, stop_token_ids=(ids[4],)).wait()
+    assert sink.ids == ids[: ids.index(ids[4]) + 1]
+    assert sink.updates[-1].finish_reason == "stop"
+
+
+def test_a_stop_string_ends_the_answer_and_never_shows(engine):
+    whole = _ask(engine, max_tokens=40, ignore_eos=True).wait().text
+    stop = whole[10:13]
+    sink = _ask(engine, max_tokens=40, ignore_eos=True, stop=(stop,)).wait()
+    assert sink.text == whole[: whole.index(stop)]
+    assert sink.updates[-1].finish_reason == "stop"
+
+
+def test_streamed_pieces_make_the_whole_text_without_half_characters(loaded, monkeypatch):
+    """A model made to say a text of multi-byte characters, one byte-level token at a time."""
+    model, tokenizer = loaded
+    answer = "é 日本 🙂 ok"
+    wanted = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    said = iter(wanted)
+    monkeypatch.setattr("serving.backends.vllm.engine.draw", lambda *_: next(said))
+    engine = Engine(model, tokenizer, Limits(max_model_len=128))
+    sink = _ask(engine, max_tokens=64).wait()
+    engine.close()
+    assert sink.ids == wanted
+    assert sink.text == answer
+    assert not any("\ufffd" in update.text for update in sink.updates)
+
+
+def test_an_answer_ends_where_the_context_does(engine, loaded):
+    prompt = "x " * 50
+    room = 128 - len(loaded[1](prompt)["input_ids"])
+    sink = _ask(engine, prompt, max_tokens=1000, ignore_eos=True).wait()
+    assert len(sink.updates) == room
+    assert sink.updates[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("", "empty"), ("x" * 401, "401 characters, at most 400"), ("é" * 128, "no room for an answer")],
+)
+def test_bad_prompts_are_refused_and_good_ones_served_after(engine, prompt, message):
+    with pytest.raises(RequestError, match=message):
+        _ask(engine, prompt)
+    assert len(_ask(engine, ignore_eos=True).wait().ids) == 12
+
+
+def test_a_gone_client_is_dropped(engine):
+    sink = Collector(gone_after=8)
+    engine.submit(PROMPT, SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True), sink)
+    sink.wait()
+    assert len(_ask(engine, ignore_eos=True).wait().ids) == 12
+    assert len(sink.updates) == 8
+
+
+def test_a_full_queue_is_said_so(loaded):
+    engine = Engine(*loaded, Limits(max_model_len=128, max_queue=0))
+    with pytest.raises(RequestError, match="queue is full") as caught:
+        _ask(engine)
+    engine.close()
+    assert caught.value.unavailable
+
+
+def test_a_failed_request_fails_alone(loaded, monkeypatch):
+    calls = iter([RuntimeError("boom")])
+
+    def fail_once(logits, params, generator):
+        for error in calls:
+            raise error
+        return int(logits.argmax())
+
+    monkeypatch.setattr("serving.backends.vllm.engine.draw", fail_once)
+    engine = Engine(*loaded, Limits(max_model_len=128))
+    assert _ask(engine).wait().error == "generation failed: boom"
+    assert len(_ask(engine, ignore_eos=True).wait().ids) == 12
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_hangs_when_the_engine_dies(loaded, monkeypatch):
+    def die(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("serving.backends.vllm.engine.draw", die)
+    engine = Engine(*loaded, Limits(max_model_len=128))
+    sink = _ask(engine).wait()
+    assert "engine has stopped" in sink.error
+    assert sink.unavailable
+    engine.close()
+    assert "engine has stopped" in _ask(engine).wait().error

@@ -1,0 +1,113 @@
+"""Sampling parameters: defaults, refusals, and the distribution a token is drawn from."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from serving.backends.vllm.sampling import RequestError, SamplingParams, draw, parse
+
+
+def test_defaults_are_those_of_vllm():
+    assert parse("{}", 1024) == SamplingParams(temperature=1.0, top_p=1.0, top_k=0, max_tokens=16)
+    assert parse("{}", 4).max_tokens == 4
+
+
+def test_values_are_taken_over():
+    text = json.dumps(
+        {
+            "temperature": 0,
+            "top_p": 0.5,
+            "top_k": -1,
+            "seed": 7,
+            "max_tokens": 9,
+            "stop": "\n",
+            "stop_token_ids": [3],
+            "ignore_eos": True,
+            "logprobs": 2,
+            "n": 1,
+            "repetition_penalty": 1.0,
+        }
+    )
+    assert parse(text, 16) == SamplingParams(0.0, 0.5, 0, 7, 9, ("\n",), (3,), True, 2)
+    assert parse(text, 16).greedy
+    assert parse('{"stop": ["a", "b"]}', 16).stop == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not valid JSON"),
+        ("[1]", "must be a JSON object, not list"),
+        ("null", "must be a JSON object, not NoneType"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"max_tokens": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"temperature": -0.1}', "temperature must be a number"),
+        ('{"temperature": NaN}', "temperature must be a number"),
+        ('{"temperature": Infinity}', "temperature must be a number"),
+        ('{"temperature": "0"}', "temperature must be a number"),
+        ('{"temperature": true}', "temperature must be a number"),
+        ('{"temperature": null}', "temperature must be a number"),
+        ('{"top_p": 0}', "top_p must be a number"),
+        ('{"top_k": -2}', "top_k must be an integer"),
+        ('{"max_tokens": 0}', "max_tokens must be an integer from 1 to 64"),
+        ('{"max_tokens": 65}', "max_tokens must be an integer from 1 to 64"),
+        ('{"max_tokens": 1.5}', "max_tokens must be an integer"),
+        ('{"seed": 1e30}', "seed must be an integer"),
+        ('{"stop": [""]}', "stop must be"),
+        ('{"stop": [1]}', "stop must be"),
+        ('{"stop_token_ids": [true]}', "stop_token_ids must be"),
+        ('{"ignore_eos": 1}', "ignore_eos must be true or false"),
+        ('{"logprobs": 21}', "logprobs must be an integer from 0 to 20"),
+        ('{"temprature": 1}', "unknown sampling parameters: temprature"),
+        ('{"n": 2}', "'n' is not supported"),
+        ('{"repetition_penalty": 1.1}', "'repetition_penalty' is not supported"),
+        ('{"lora_name": "x"}', "'lora_name' is not supported"),
+    ],
+)
+def test_refusals(text, message):
+    with pytest.raises(RequestError, match=message):
+        parse(text, 64)
+
+
+def _frequencies(logits, params, count=4000):
+    generator = torch.Generator().manual_seed(0)
+    drawn = Counter(draw(logits, params, generator) for _ in range(count))
+    return {token: number / count for token, number in drawn.items()}
+
+
+def test_greedy_takes_the_likeliest():
+    assert draw(torch.tensor([0.1, 3.0, 2.9]), SamplingParams(temperature=0.0), torch.Generator()) == 1
+
+
+def test_draws_follow_the_tempered_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0])
+    expected = torch.softmax(logits / 2.0, dim=-1)
+    seen = _frequencies(logits, SamplingParams(temperature=2.0))
+    for token in range(3):
+        assert abs(seen[token] - float(expected[token])) < 0.03
+
+
+def test_top_k_and_top_p_cut_the_tail():
+    logits = torch.log(torch.tensor([0.1, 0.5, 0.4]))
+    assert set(_frequencies(logits, SamplingParams(top_k=2), 500)) == {1, 2}
+    # The smallest set that reaches 0.6 needs the second token; 0.5 is reached by the first alone.
+    assert set(_frequencies(logits, SamplingParams(top_p=0.6), 500)) == {1, 2}
+    assert set(_frequencies(logits, SamplingParams(top_p=0.49), 500)) == {1}
+    # top_p applies to what top_k leaves: 0.5 / 0.9 = 0.56 of it is the first token.
+    assert set(_frequencies(logits, SamplingParams(top_k=2, top_p=0.55), 500)) == {1}
+
+
+def test_the_seed_decides():
+    logits = torch.zeros(50)
+    params = SamplingParams(temperature=1.0)
+
+    def draws(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [draw(logits, params, generator) for _ in range(8)]
+
+    assert draws(1) == draws(1)
+    assert draws(1) != draws(2)

@@ -1,0 +1,22 @@
+"""Every YAML that ships is valid by the product's own check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from posttrain.pipeline import load_pipeline
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.y*ml"))
+
+
+def test_the_documented_configs_are_there():
+    assert {str(path.relative_to(CONFIGS)) for path in FILES} >= {"tiny/pipeline.yaml", "hh_rlhf/tiny.yaml"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_config_is_valid(path):
+    pipeline = load_pipeline(path, run_checks=True)
+    assert list(pipeline.stages)
