@@ -91,7 +91,9 @@ def _against(pairs: PairScores, winner: np.ndarray, settings: Settings) -> dict[
         "temperature": fit_temperature(margins),
         "before": calibration_report(margins, 1.0, settings.bins),
         "after": calibration_report(margins, crossed, settings.bins),
-        "baselines": _baselines(better, worse, prompts, groups, settings) if settings.baselines else {},
+        "baselines": baseline_summaries(better, worse, prompts, groups, settings)
+        if settings.baselines
+        else {},
     }
 
 
@@ -102,13 +104,16 @@ def judge_summary(margins: np.ndarray, prompts: Sequence[str], settings: Setting
     return {"accuracy": accuracy.as_dict(), "ties": int((margins == 0).sum()), "auc": pair_auc(margins)}
 
 
-def _baselines(
+def baseline_summaries(
     better: Sequence[str],
     worse: Sequence[str],
     prompts: Sequence[str],
     groups: Sequence[str],
     settings: Settings,
 ) -> dict[str, dict[str, Any]]:
+    """What judges without understanding reach on the same pairs (`eval.rm_baselines`), by judge."""
+    if not settings.baselines:
+        return {}
     summaries = {"shorter_wins": judge_summary(shorter_wins(better, worse), prompts, settings)}
     margins = tfidf_bradley_terry(better, worse, groups)
     if margins is not None:

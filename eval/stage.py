@@ -23,6 +23,7 @@ import torch
 from data_prep.records import Kind
 from eval.batching import length_sorted_batches, pad_rows
 from eval.config import EvalConfig
+from eval.cross_validation import cross_validation
 from eval.generation import generate
 from eval.held_out import Prompt, gold_scorer, load_pairs, load_prompts, load_scored_rows
 from eval.kl import response_logprobs, sequence_kl
@@ -247,4 +248,5 @@ def _reward(
         config.tie_tolerance,
         config.text_baselines,
     )
-    return reward_report(scored, settings) | {"pairs_cut": pairs.cut}
+    crossed = cross_validation(context.path("reward").parent, context.path("preferences"), settings)
+    return reward_report(scored, settings) | {"pairs_cut": pairs.cut, "cross_validation": crossed}

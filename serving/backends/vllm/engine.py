@@ -135,8 +135,9 @@ class Engine:
         try:
             while self._admit():
                 for _ in range(len(self._active)):
-                    sequence = self._active.popleft()
+                    sequence = self._active[0]
                     self._take_turn(sequence)
+                    self._active.popleft()
                     if not sequence.finished:
                         self._active.append(sequence)
         finally:

@@ -1,0 +1,44 @@
+"""The reward model on all its pairs, each scored by a fold that had not seen it, beside judges that
+understand nothing, cross-validated on the very same pairs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.dataset import read_split
+from eval.rm_report import Settings, baseline_summaries, judge_summary
+
+
+def cross_validation(reward_run: Path, preferences: Path, settings: Settings) -> dict[str, Any] | None:
+    """Report on ``folds.jsonl`` of a reward stage; None where it was trained without ``folds``.
+
+    Args:
+        reward_run: run directory of the reward stage.
+        preferences: its preference dataset; the rows of the train split are matched by id.
+        settings: of the intervals.
+
+    Returns:
+        ``folds``, ``pairs``, ``accuracy`` (with interval), ``ties``, ``auc``, ``baselines``, all out of fold.
+        None also where the folds are of another dataset than `preferences`.
+    """
+    scores_file = reward_run / "folds.jsonl"
+    if not scores_file.is_file():
+        return None
+    scored = {row["id"]: row for row in map(json.loads, scores_file.read_text(encoding="utf-8").splitlines())}
+    rows = [row for row in read_split(preferences, "train", "preference").to_list() if row["id"] in scored]
+    if len(rows) != len(scored):
+        return None
+    margins = np.array([scored[row["id"]]["chosen"] - scored[row["id"]]["rejected"] for row in rows])
+    prompts = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
+    chosen, rejected = ([row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected"))
+    groups = [row["group"] for row in rows]
+    return {
+        "folds": len({row["fold"] for row in scored.values()}),
+        "pairs": len(rows),
+        **judge_summary(margins, prompts, settings),
+        "baselines": baseline_summaries(chosen, rejected, prompts, groups, settings),
+    }

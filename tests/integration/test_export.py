@@ -1,0 +1,169 @@
+"""The export stage: the exact files, readable by anyone and by older releases, and the same model as before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.errors import UserError
+from posttrain.hashing import hash_file
+from posttrain.models import load_causal_lm, load_tokenizer
+from posttrain.stage import execute_stage
+from serving.config import ExportConfig
+from serving.export import describe_files, read_export, weights_dir
+from tests.integration.conftest import file_names
+
+REPOSITORY = {
+    "desk/config.pbtxt",
+    "desk/1/model.json",
+    "desk/1/weights/chat_template.jinja",
+    "desk/1/weights/config.json",
+    "desk/1/weights/generation_config.json",
+    "desk/1/weights/model.safetensors",
+    "desk/1/weights/tokenizer.json",
+    "desk/1/weights/tokenizer_config.json",
+}
+CONVERSATION = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where is order K100?"}]
+
+
+def _export(run_dir: Path, model: Path, **fields):
+    config = ExportConfig(**({"model": str(model), "name": "desk"} | fields))
+    execute_stage("export", config, run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_model_dir):
+    return _export(tmp_path_factory.mktemp("runs") / "export", tiny_model_dir)
+
+
+def _weights(export_dir):
+    return weights_dir(export_dir, read_export(export_dir))
+
+
+def _logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 103)[None]).logits
+
+
+def test_writes_exactly_these_files_readable_by_all(exported):
+    root = exported / "model_repository"
+    assert file_names(root) == REPOSITORY
+    assert {oct(path.stat().st_mode & 0o777) for path in root.rglob("*") if path.is_file()} == {"0o644"}
+    assert {oct(path.stat().st_mode & 0o777) for path in (root, *root.rglob("*")) if path.is_dir()} == {"0o755"}
+    assert not list(exported.glob(".staging-*"))
+
+
+def test_the_manifest_describes_every_file_and_where_they_come_from(exported, tiny_model_dir):
+    manifest = json.loads((exported / "export.json").read_text())
+    root = exported / "model_repository"
+    assert set(manifest["files"]) == REPOSITORY
+    assert all(entry["sha256"] == hash_file(root / name) for name, entry in manifest["files"].items())
+    source = manifest["source"]
+    assert Path(source["path"]) == tiny_model_dir
+    assert (exported / source["relative_path"]).resolve() == tiny_model_dir.resolve()
+    assert source["adapter"] is False
+    assert manifest["fingerprints"] == source["fingerprints"]
+    assert manifest["max_model_len"] == 256
+    assert manifest["limits"]["max_output_tokens"] == 256
+
+
+def test_computes_and_reads_what_the_trained_model_does(exported, tiny_model_dir):
+    weights = _weights(exported)
+    assert torch.equal(_logits(load_causal_lm(weights)), _logits(load_causal_lm(tiny_model_dir)))
+    ours, theirs = load_tokenizer(weights), load_tokenizer(tiny_model_dir)
+    rendered = theirs.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
+    assert ours.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True) == rendered
+    assert ours(rendered)["input_ids"] == theirs(rendered)["input_ids"]
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert set(ours.all_special_ids) == set(theirs.all_special_ids)
+    generation = load_causal_lm(weights).generation_config
+    assert (generation.eos_token_id, generation.pad_token_id) == (theirs.eos_token_id, theirs.pad_token_id)
+
+
+def test_says_it_in_words_that_older_releases_know(exported):
+    weights = _weights(exported)
+    config = json.loads((weights / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert config["rope_scaling"] is None
+    assert config["torch_dtype"] == "float32"
+    settings = json.loads((weights / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["additional_special_tokens"] == ["<|im_start|>"]
+    assert "extra_special_tokens" not in settings
+    assert settings["chat_template"] == (weights / "chat_template.jinja").read_text()
+
+
+def test_an_adapter_is_merged(tmp_path, sft_run, tiny_model_dir):
+    export_dir = _export(tmp_path / "export", sft_run)
+    merged = _logits(load_causal_lm(_weights(export_dir)))
+    assert torch.equal(merged, _logits(load_causal_lm(sft_run / "model")))
+    assert not torch.allclose(merged, _logits(load_causal_lm(tiny_model_dir)), atol=1e-3)
+    manifest = read_export(export_dir)
+    assert manifest["source"]["adapter"] is True
+    assert manifest["lineage"]["stage"] == "sft"
+    assert {parent["field"] for parent in manifest["lineage"]["parents"]} == {"model", "data"}
+
+
+def test_the_precision_is_the_one_asked_for(tmp_path, tiny_model_dir):
+    export_dir = _export(tmp_path / "export", tiny_model_dir, dtype="bfloat16", mount_path=None)
+    model = load_causal_lm(_weights(export_dir), dtype="bfloat16")
+    assert json.loads((_weights(export_dir) / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert next(model.parameters()).dtype == torch.bfloat16
+    engine = json.loads((_weights(export_dir).parent / "model.json").read_text())
+    assert engine == {"model": "weights", "dtype": "bfloat16", "max_model_len": 256, "gpu_memory_utilization": 0.9}
+
+
+def test_a_tokenizer_that_adds_a_token_is_exported_without_the_habit(tmp_path, tiny_model_dir):
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, source)
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+    }
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    trained = load_tokenizer(source)
+    assert trained("hello")["input_ids"][0] == 1
+    served = load_tokenizer(_weights(_export(tmp_path / "export", source)))
+    assert served("hello")["input_ids"] == trained("hello", add_special_tokens=False)["input_ids"]
+
+
+def test_a_refused_export_leaves_no_repository(tmp_path, tiny_model_dir):
+    with pytest.raises(UserError, match="257 tokens.*max_position_embeddings is 256"):
+        _export(tmp_path / "export", tiny_model_dir, max_model_len=257, max_output_tokens=8)
+    assert not (tmp_path / "export" / "model_repository").exists()
+    assert not (tmp_path / "export" / "export.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("desk/1/weights/chat_template.jinja", lambda p: p.write_text("x"), "is not what was exported"),
+        ("desk/1/weights/extra.bin", lambda p: p.write_text("x"), "is not what was exported"),
+        ("desk/1/model.json", lambda p: p.unlink(), "is missing"),
+    ],
+)
+def test_a_changed_export_is_noticed(tmp_path, exported, name, change, message):
+    copy = tmp_path / "copy"
+    shutil.copytree(exported, copy)
+    read_export(copy)
+    change(copy / "model_repository" / name)
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        read_export(copy)
+
+
+def test_a_directory_that_is_no_export_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not an export"):
+        read_export(tmp_path)
+
+
+def test_the_same_export_twice_gives_the_same_bytes(tmp_path, exported, tiny_model_dir):
+    again = _export(tmp_path / "export", tiny_model_dir)
+    assert describe_files(again / "model_repository") == describe_files(exported / "model_repository")
