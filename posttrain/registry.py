@@ -87,7 +87,13 @@ STAGES: dict[str, StageSpec] = {
             "Write a Triton model repository.",
             check="serving.config:check_export",
         ),
-        _spec("serve", "serving.config:ServeConfig", "serving.stage:run", "Serve it and check parity."),
+        _spec(
+            "serve",
+            "serving.config:ServeConfig",
+            "serving.stage:run",
+            "Serve it and check parity.",
+            check="serving.config:check_serve",
+        ),
     )
 }
 

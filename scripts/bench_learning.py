@@ -33,10 +33,10 @@ def row(seed: int, directory: Path) -> tuple[str, bool]:
     passed = all(verdict["passed"] for verdict in report["verdicts"])
     cells.append(_interval(report["reward_model"]["gold"]["accuracy"]))
     for name in ("sft", "dpo", "ppo"):
-        cells.append(_interval(report["models"][name]["gold"]["score"]))
+        cells.append(_interval(report["models"][name]["gold"]))
     for name in ("dpo", "ppo"):
-        cells.append(_interval(report["models"][name]["gold"]["win_rate"]))
-    cells.append(f"{report['models']['ppo']['kl']['k1']['value']:.1f}")
+        cells.append(_interval(report["models"][name]["gold_win_rate"]))
+    cells.append(f"{report['models']['ppo']['kl_k1']['value']:.1f}")
     cells.append("yes" if passed else "NO")
     return "| " + " | ".join(cells) + " |", passed
 

@@ -109,7 +109,7 @@ def encode(
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         masks = [[1] * len(ids) for ids in encoded]
     elif "messages" in rows.column_names:
-        rendered = tokenizer.apply_chat_template(
+        rendered: Any = tokenizer.apply_chat_template(
             list(rows["messages"]), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         encoded, masks = rendered["input_ids"], rendered["assistant_masks"]
@@ -138,9 +138,10 @@ def batches(lengths: list[int], batch_size: int, steps: int, seed: int) -> Itera
         yield queue.pop()
 
 
-def collate(sequences: list[Sequence], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate(sequences: list[Sequence], pad_token_id: int | None) -> dict[str, torch.Tensor]:
     """Right-pad: ``input_ids``, ``attention_mask`` and ``weights`` (0 on padding), each (batch, time)."""
     width = max(len(sequence.ids) for sequence in sequences)
+    assert pad_token_id is not None
     ids_BT = torch.full((len(sequences), width), pad_token_id)
     mask_BT = torch.zeros_like(ids_BT)
     weights_BT = torch.zeros(ids_BT.shape)
@@ -176,10 +177,10 @@ def build_optimizers(model: LlamaForCausalLM, config: BaseConfig) -> list[torch.
 
 
 def learning_rate_factor(step: int, warmup: int, total: int) -> float:
-    """Linear warm-up over ``warmup`` steps, then linear decay to zero at ``total``."""
+    """Linear warm-up over ``warmup`` steps, constant, then linear decay to zero over the last 30 %."""
     if step < warmup:
         return (step + 1) / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))
+    return min(1.0, (total - step) / (0.3 * total))
 
 
 @dataclass
@@ -190,12 +191,16 @@ class _State:
     optimizers: list[torch.optim.Optimizer]
     schedulers: list[torch.optim.lr_scheduler.LambdaLR]
 
+    @property
+    def parts(self) -> list[Any]:
+        """What is saved, in a fixed order."""
+        return [self.model, *self.optimizers, *self.schedulers]
+
     def save(self, root: Path, step: int) -> None:
         """Write ``checkpoint-<step>``, its marker last, and drop older checkpoints."""
         folder = root / f"checkpoint-{step}"
         folder.mkdir(parents=True)
-        parts = (*self.optimizers, *self.schedulers)
-        torch.save([self.model.state_dict(), *(part.state_dict() for part in parts)], folder / "state.pt")
+        torch.save([part.state_dict() for part in self.parts], folder / "state.pt")
         mark_complete(folder)
         for other in root.glob("checkpoint-*"):
             if other != folder:
@@ -207,11 +212,8 @@ class _State:
         folder = last_complete_checkpoint(root)
         if folder is None:
             return 0
-        for part, values in zip(
-            (self.model, *self.optimizers, *self.schedulers),
-            torch.load(folder / "state.pt", weights_only=True),
-            strict=True,
-        ):
+        saved = torch.load(folder / "state.pt", weights_only=True)
+        for part, values in zip(self.parts, saved, strict=True):
             part.load_state_dict(values)
         return step_of(folder)
 
@@ -258,7 +260,7 @@ def _step(model: LlamaForCausalLM, batch: dict[str, Tensor], state: _State, bf16
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, sequences: list[Sequence], pad_token_id: int) -> float:
+def evaluate(model: LlamaForCausalLM, sequences: list[Sequence], pad_token_id: int | None) -> float:
     """Weighted mean negative log-likelihood per predicted token, in nats."""
     sums = [
         weighted_loss(model, collate(sequences[start : start + 64], pad_token_id))

@@ -40,7 +40,11 @@ class BaseConfig(StageConfig):
     learning_rate: float = Field(
         4e-3, gt=0, description="AdamW's learning rate for embeddings, head and norms."
     )
-    warmup_steps: int = Field(20, ge=0, description="Linear warm-up, in steps; then linear decay to zero.")
+    warmup_steps: int = Field(
+        20,
+        ge=0,
+        description="Linear warm-up, in steps; the rate is then constant, and falls to 0 over the last 30 %.",
+    )
     bf16: bool = Field(True, description="bfloat16 autocast for forward and backward.")
     log_every: int = Field(20, ge=1, description="Steps between log rows.")
     save_every: int = Field(200, ge=1, description="Steps between checkpoints.")

@@ -17,6 +17,7 @@ from peft import TaskType
 from trl import SFTTrainer
 
 from data_prep.dataset import Split, read_split
+from posttrain.errors import DataError
 from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
 from train.callbacks import fit
@@ -92,5 +93,10 @@ def load_rows(
         "rows_dropped_too_long": len(encoded) - len(kept),
         "supervised_tokens": sum(label != IGNORED for row in kept for label in row.labels[:max_length]),
     }
+    if not kept:
+        raise DataError(
+            f"{context.path('data')}: trainer.max_length={max_length} cuts every supervised token of all "
+            f"{len(encoded)} {split} dialogues; raise trainer.max_length"
+        )
     columns = {"input_ids": [row.input_ids for row in kept], "labels": [row.labels for row in kept]}
     return Dataset.from_dict(columns), counts

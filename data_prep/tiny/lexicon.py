@@ -26,7 +26,7 @@ CITIES = (
     "Oslo Lyon Turin Porto Leeds Ghent Graz Malmo Bonn Cork Vilnius Krakow Seville Nantes Basel Tampere"
 ).split()
 
-MONTHS = "January February March April May June July August September October November December".split()
+DUE_DATES = tuple(f"{day} May" for day in range(1, 29))
 
 ORDER_CODES = tuple(f"{letter}{number}" for letter in "ABCDEFHKMR" for number in range(117, 1000, 37))
 """240 codes such as ``K117``: ten letters, twenty-four numbers."""
@@ -131,9 +131,9 @@ INTENTS: dict[str, dict[str, tuple[str, ...]]] = {
             "Can you stop order {code} for the {product}?",
         ),
         "answer": (
-            "order {code} for the {product} is cancelled and {amount} goes back to you.",
-            "we have cancelled your {product}, order {code}, and will return {amount}.",
-            "your order {code} with the {product} is now cancelled and {amount} is returned.",
+            "order {code} for the {product} is cancelled.",
+            "we have cancelled your {product}, order {code}, as you asked.",
+            "your order {code} with the {product} is now cancelled.",
         ),
     },
     "broken": {
@@ -177,7 +177,7 @@ INTENTS: dict[str, dict[str, tuple[str, ...]]] = {
 ANSWER_FACTS: dict[str, tuple[str, ...]] = {
     "where": ("{due}",),
     "refund": ("refund", "{amount}"),
-    "cancel": ("cancelled", "{amount}"),
+    "cancel": ("cancelled",),
     "broken": ("replacement",),
     "invoice": ("invoice", "{amount}"),
     "address": ("{city}",),

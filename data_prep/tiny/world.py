@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from data_prep.records import ConversationRecord, Message, PreferenceRecord, PromptRecord, Record
@@ -76,22 +76,27 @@ def generate(
     Raises:
         ValueError: unknown kind or quality, or a share outside [0, 1].
     """
-    makers = {"conversation": _conversation, "preference": _preference, "prompt": _prompt}
+    makers: dict[str, Callable[..., Record]] = {
+        "conversation": _conversation,
+        "preference": _preference,
+        "prompt": _prompt,
+    }
     if kind not in makers:
         raise ValueError(f"generator support_desk makes {', '.join(makers)}, not {kind!r}")
     if quality not in ("mixed", "clean"):
         raise ValueError(f"options.quality is {quality!r}: choose mixed or clean")
-    for name, share in (
-        ("label_noise", label_noise),
-        ("min_gap", min_gap),
-        ("follow_up", follow_up),
+    for name, value, most in (
+        ("label_noise", label_noise, 1.0),
+        ("min_gap", min_gap, 0.4),
+        ("follow_up", follow_up, 1.0),
     ):
-        if not 0 <= share <= 1:
-            raise ValueError(f"options.{name} is {share}: it is a share, from 0 to 1")
+        if not 0 <= value <= most:
+            raise ValueError(f"options.{name} is {value}: choose from 0 to {most}")
     rng = random.Random(f"support_desk {kind} {seed}")
     for index in range(rows):
         bucket = rng.randrange(BUCKETS)
-        facts, prompt = _dialogue(rng, _CUSTOMERS[bucket], follow_up)
+        facts, turns = _dialogue(rng, _CUSTOMERS[bucket], follow_up)
+        prompt = tuple(turns)
         common = {
             "id": f"support-desk-{kind}-{seed}-{index}",
             "source": "support_desk",
@@ -110,7 +115,7 @@ def _conversation(rng, common, facts, prompt, *, quality: str, **_) -> Conversat
     defects = _draw_defects(rng) if quality == "mixed" else []
     answer = write_answer(rng, facts, defects)
     meta = json.dumps({"facts": facts, "defects": defects, "gold": rubric.score(answer, facts, True).total})
-    messages = [*prompt, Message(role="assistant", content=answer)]
+    messages = (*prompt, Message(role="assistant", content=answer))
     return ConversationRecord(**common, meta=meta, messages=messages)
 
 
@@ -134,8 +139,8 @@ def _preference(rng, common, facts, prompt, *, label_noise: float, min_gap: floa
         **common,
         meta=json.dumps(meta),
         prompt=prompt,
-        chosen=[Message(role="assistant", content=answers[chosen])],
-        rejected=[Message(role="assistant", content=answers[1 - chosen])],
+        chosen=(Message(role="assistant", content=answers[chosen]),),
+        rejected=(Message(role="assistant", content=answers[1 - chosen]),),
     )
 
 
@@ -173,6 +178,7 @@ def _orders(rng: random.Random, customers: Sequence[str]) -> list[dict[str, str]
     codes = rng.sample(lexicon.ORDER_CODES, count)
     products = rng.sample(lexicon.PRODUCTS, count)
     amounts = rng.sample(lexicon.AMOUNTS, count)
+    due_dates = rng.sample(lexicon.DUE_DATES, count)
     return [
         {
             "name": names[i],
@@ -180,7 +186,7 @@ def _orders(rng: random.Random, customers: Sequence[str]) -> list[dict[str, str]
             "code": codes[i],
             "product": products[i],
             "amount": amounts[i],
-            "due": f"{rng.randint(1, 28)} {rng.choice(lexicon.MONTHS)}",
+            "due": due_dates[i],
         }
         for i in range(count)
     ]

@@ -103,6 +103,14 @@ def test_full_fine_tuning_writes_a_model(run_stage, tmp_path, tiny_model_dir, co
     assert all(not torch.equal(old[name], new[name]) for name in old)
 
 
+def test_refuses_a_length_that_cuts_every_answer(run_stage, tmp_path, tiny_model_dir, conversation_data):
+    with pytest.raises(DataError, match=r"trainer.max_length=4 cuts every supervised token") as failure:
+        run_stage(
+            "sft", tmp_path / "run", model=tiny_model_dir, data=conversation_data, trainer={"max_length": 4}
+        )
+    assert failure.value.exit_code == 2
+
+
 def test_refuses_dialogues_without_an_assistant(
     run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset
 ):

@@ -87,6 +87,7 @@ def test_pairs_are_labelled_by_the_rubric_but_for_the_noise():
     pairs = [json.loads(r.meta) for r in world.generate("preference", 2000, 4, label_noise=0.1)]
     flipped = sum(row["flipped"] for row in pairs) / len(pairs)
     assert 0.08 < flipped < 0.12
+    assert min(abs(row["gold_chosen"] - row["gold_rejected"]) for row in pairs) >= 0.1
     assert all((row["gold_chosen"] < row["gold_rejected"]) == row["flipped"] for row in pairs)
 
 
@@ -122,6 +123,7 @@ def test_dialogues_are_many():
         ("letter", {}, "letter"),
         ("conversation", {"quality": "perfect"}, "options.quality"),
         ("preference", {"label_noise": 1.5}, "options.label_noise"),
+        ("preference", {"min_gap": 0.9}, "options.min_gap"),
     ],
 )
 def test_wrong_options_name_themselves(kind, options, named):
