@@ -1,1 +1,1 @@
-"""Export to Triton Inference Server, the embedded server, and the proof that what is served is what was trained."""
+"""Export to Triton Inference Server, the embedded server, and the proof that the trained model is served."""

@@ -1,7 +1,7 @@
 """Client of a Triton model with the vLLM backend's tensors: gRPC streams, and the plain HTTP /generate call.
 
-A decoupled model answers a request with any number of responses, so gRPC needs its bidirectional stream. A stream's
-errors do not name the request they belong to; hence one connection per request in flight.
+A decoupled model answers a request with any number of responses, so gRPC needs its bidirectional stream. A
+stream's errors do not name the request they belong to; hence one connection per request in flight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RequestFailedError(PosttrainError):
 
 @dataclass(frozen=True)
 class Chunk:
-    """One response of a stream. token_ids and logprobs are those of the drawn tokens, if logprobs were asked for."""
+    """One response of a stream. token_ids and logprobs: of the drawn tokens, if logprobs were asked for."""
 
     text: str
     token_ids: list[int]
@@ -161,7 +161,9 @@ class TritonClient:
             "return_finish_reason": True,
             "return_num_output_tokens": True,
         }
-        status, text = post_json(f"http://{self.http_url}/v2/models/{self.model_name}/generate", body, self.timeout_s)
+        status, text = post_json(
+            f"http://{self.http_url}/v2/models/{self.model_name}/generate", body, self.timeout_s
+        )
         answer = json.loads(text) if text.startswith("{") else {"error": text}
         if status != 200 or "error" in answer:
             raise RequestFailedError(f"{self.model_name}: HTTP {status}: {answer.get('error', text)}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from posttrain.config import DatasetRef, ModelRef, RunRef, StageConfig
 from posttrain.errors import Problem, UserError
-from pydantic import Field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -42,7 +43,9 @@ class ServeConfig(StageConfig):
     """Serve an export with the embedded Triton and prove that it answers as the trained model does."""
 
     export: RunRef = Field(description="Run directory of an `export` stage.")
-    prompts: DatasetRef = Field(description="Prompt, preference or conversation dataset; its eval split is asked.")
+    prompts: DatasetRef = Field(
+        description="Prompt, preference or conversation dataset; its eval split is asked."
+    )
     reference: ModelRef | None = Field(
         None, description="Model that the answers are compared with; default: the one that was exported."
     )
@@ -52,15 +55,15 @@ class ServeConfig(StageConfig):
     max_logprob_delta: float | None = Field(
         None,
         gt=0,
-        description="Largest allowed difference of a served token's log-probability, in nats; default: 1e-3 in "
-        "float32, 0.1 in half precision.",
+        description="Largest allowed difference of a served token's log-probability, in nats; default: 1e-3 "
+        "in float32, 0.1 in half precision.",
     )
     triton_env: str = Field(
         ".venv-triton",
-        description="Environment with tritonserver, made by `make triton-env`; the variable POSTTRAIN_TRITON_ENV "
+        description="Environment with tritonserver, made by `make triton-env`; POSTTRAIN_TRITON_ENV "
         "overrides it.",
     )
-    start_timeout_s: float = Field(180.0, gt=0, description="Seconds the server may take to become ready.")
+    start_timeout_s: float = Field(300.0, gt=0, description="Seconds the server may take to become ready.")
     request_timeout_s: float = Field(120.0, gt=0, description="Seconds one answer may take.")
 
 
@@ -80,7 +83,9 @@ def check_export(config: ExportConfig, where: str) -> list[Problem]:
         )
     for key in sorted(RESERVED_ENGINE_ARGS & config.engine_args.keys()):
         problems.append(
-            Problem(f"{where}.engine_args.{key}", "is written by the export", "use the stage's own fields instead")
+            Problem(
+                f"{where}.engine_args.{key}", "is written by the export", "use the stage's own fields instead"
+            )
         )
     if config.max_model_len is not None and config.max_output_tokens > config.max_model_len:
         problems.append(
@@ -94,7 +99,7 @@ def check_export(config: ExportConfig, where: str) -> list[Problem]:
 
 
 def check_serve(config: ServeConfig, where: str) -> list[Problem]:
-    """Whether the Triton environment is there, so that a pipeline does not find out after all the training."""
+    """Whether the Triton environment is there: a pipeline should not find out after all the training."""
     from serving.embedded import find_environment
 
     try:

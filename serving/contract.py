@@ -48,7 +48,7 @@ def render_config(name: str, parameters: Mapping[str, str]) -> str:
 
     Args:
         name: the model's name, equal to its folder's.
-        parameters: strings for the backend. The embedded backend reads its caps from them; vLLM's ignores them.
+        parameters: strings for the backend. The embedded one reads its caps from them; vLLM's ignores them.
     """
     lines = [
         f'name: "{name}"',

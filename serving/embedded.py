@@ -3,9 +3,9 @@
     with EmbeddedServer(export_dir / "model_repository", "posttrain", env, log_file) as server:
         client = TritonClient(server.http_url, server.grpc_url, "posttrain")
 
-Loopback only, CPU only, without the security fixes of later releases: not for production. The server lives in an
-environment of its own (numpy 1, tritonserver); `serving/supervisor.py` owns the process and cleans up after it
-however this one ends. What each argument and variable is for is said where it is set.
+Loopback only, CPU only, without the security fixes of later releases: not for production. The server lives in
+an environment of its own (numpy 1, tritonserver); `serving/supervisor.py` owns the process and cleans up
+after it however this one ends. What each argument and variable is for is said where it is set.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 def find_environment(configured: str) -> Path:
-    """The environment that holds tritonserver: POSTTRAIN_TRITON_ENV, or `configured` relative to this directory.
+    """The environment that holds tritonserver: POSTTRAIN_TRITON_ENV, or `configured`.
 
     Raises UserError, with the command that makes it, when it is not there or holds no tritonserver.
     """
@@ -46,8 +46,8 @@ def find_environment(configured: str) -> Path:
         return environment
     raise UserError(
         f"{environment}: the Triton environment {what}\n"
-        f"    make it with `make triton-env`, or `scripts/setup_triton_env.sh {environment}`, or name another one in "
-        f"{ENV_VARIABLE}"
+        f"    make it with `make triton-env`, or `scripts/setup_triton_env.sh {environment}`, "
+        f"or name another one in {ENV_VARIABLE}"
     )
 
 
@@ -72,10 +72,10 @@ class EmbeddedServer:
         *,
         http_port: int | None = None,
         grpc_port: int | None = None,
-        start_timeout_s: float = 180.0,
+        start_timeout_s: float = 300.0,
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """Args: ports are chosen free when None; `on_wait` gets the seconds waited, several times a second."""
+        """Ports are chosen free when None; `on_wait` gets the seconds waited, several times a second."""
         self.repository = repository.absolute()
         self.model_name = model_name
         self.environment = environment
@@ -99,7 +99,13 @@ class EmbeddedServer:
         self.stop()
 
     def start(self) -> None:
-        """Start and wait until the model answers. Raises PosttrainError, with the end of the log, when it does not."""
+        """Start and wait until the model answers.
+
+        Raises UserError when a port is taken (another server there could pass for this one), and
+        PosttrainError with the end of the log when the model never answers.
+        """
+        for url in (self.http_url, self.grpc_url, self.metrics_url):
+            check_free(url)
         work_dir = self._prepare()
         self.log_file.write_bytes(b"")
         command = [sys.executable, "-I", str(_HERE / "supervisor.py")]
@@ -147,7 +153,7 @@ class EmbeddedServer:
         python = work_dir / "backends" / "python"
         python.mkdir(parents=True)
         (work_dir / "cwd").mkdir()
-        # A link to the library is refused ("escapes backend directory"); a copy of the stub finds no libcudart.
+        # A linked library is refused ("escapes backend directory"); a copied stub finds no libcudart.
         shutil.copy2(triton / "backends/python/libtriton_python.so", python)
         for target in (
             triton / "backends/python/triton_python_backend_utils.py",
@@ -186,7 +192,11 @@ class EmbeddedServer:
 
     def _variables(self) -> dict[str, str]:
         libraries = subprocess.run(
-            [self.environment / "bin/python3", "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"],
+            [
+                self.environment / "bin/python3",
+                "-c",
+                "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))",
+            ],
             check=True,
             capture_output=True,
             text=True,
@@ -197,7 +207,7 @@ class EmbeddedServer:
             if not name.startswith("PYTHON") and name not in ("VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
         }
         return kept | {
-            # The stub takes its prefix from the first python3 on PATH, and needs that interpreter's libpython.
+            # The stub takes its prefix from the first python3 on PATH, and needs that one's libpython.
             "PATH": os.pathsep.join([str(self.environment / "bin"), os.environ.get("PATH", os.defpath)]),
             "LD_LIBRARY_PATH": libraries,
             "PYTHONDONTWRITEBYTECODE": "1",
@@ -213,7 +223,8 @@ class EmbeddedServer:
                 raise PosttrainError(f"tritonserver ended before it was ready\n{self.log_tail()}")
             if waited > self.start_timeout_s:
                 raise PosttrainError(
-                    f"tritonserver was not ready after {self.start_timeout_s:.0f} s (start_timeout_s)\n{self.log_tail()}"
+                    f"tritonserver was not ready after {self.start_timeout_s:.0f} s (start_timeout_s)\n"
+                    f"{self.log_tail()}"
                 )
             self.on_wait(waited)
             time.sleep(POLL_SECONDS)
@@ -236,6 +247,17 @@ def free_ports(count: int) -> list[int]:
     finally:
         for opened in sockets:
             opened.close()
+
+
+def check_free(url: str) -> None:
+    """Raise UserError when something listens on "host:port"."""
+    host, _, port = url.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            raise UserError(f"{url}: the port cannot be used ({error.strerror}); choose another") from error
 
 
 def http_ok(url: str) -> bool:

@@ -2,18 +2,21 @@
 
     posttrain run configs/tiny/pipeline.yaml --only export
 
-    RUN/export.json                              every file's sha256, the source, hashes of tokenizer and template
+    RUN/export.json                              sha256 of every file, source, tokenizer and template hashes
     RUN/model_repository/<name>/config.pbtxt     all inputs and outputs of the vLLM backend
     RUN/model_repository/<name>/1/model.json     vLLM engine arguments
     RUN/model_repository/<name>/1/weights/       merged weights, tokenizer, chat template
 
-On a GPU: docker run --gpus all -v RUN/model_repository:/models nvcr.io/nvidia/tritonserver:<yy.mm>-vllm-python-py3
-tritonserver --model-repository=/models. Here: `posttrain serve`, which loads the same files with the stand-in
-backend of serving/backends/vllm.
+On a GPU, in the image nvcr.io/nvidia/tritonserver:<yy.mm>-vllm-python-py3:
+
+    docker run --gpus all -v RUN/model_repository:/models IMAGE tritonserver --model-repository=/models
+
+Here: the `serve` stage, which loads the same files with the stand-in backend of serving/backends/vllm.
 
 Where the weights are: model.json holds <mount_path>/<name>/1/weights, which is where vLLM finds them in the
-container. The embedded server maps a path that ends in <name>/1/... onto the folder it serves. With mount_path null
-the path is `weights`, relative to the version folder, which vLLM itself would look for in its working directory.
+container. The embedded server maps a path that ends in <name>/1/... onto the folder it serves. With
+mount_path null the path is `weights`, relative to the version folder, which vLLM itself would look for in its
+working directory.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer, hash_file
 from posttrain.models import is_adapter, load_causal_lm, load_tokenizer
 from posttrain.rundir import atomic_write_json, atomic_write_text
-
 from serving.config import ExportConfig
 from serving.contract import render_config
 from serving.portable import make_readable, portable_config, portable_tokenizer_config, without_added_tokens
@@ -92,7 +94,9 @@ def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     }
     atomic_write_json(context.run_dir / MANIFEST, manifest)
     total = sum(entry["bytes"] for entry in files.values())
-    context.console.print(f"exported {config.name}: {len(files)} files, {total / 1e6:.1f} MB", highlight=False)
+    context.console.print(
+        f"exported {config.name}: {len(files)} files, {total / 1e6:.1f} MB", highlight=False
+    )
     return {"files": len(files), "bytes": total, "max_model_len": max_model_len}
 
 
@@ -120,7 +124,7 @@ def engine_arguments(config: ExportConfig, max_model_len: int) -> dict[str, Any]
 
 
 def make_portable(weights: Path, tokenizer: Any) -> None:
-    """Rewrite the JSON files that older containers cannot read, and check that a prompt gets no extra token."""
+    """Rewrite the JSON files that older containers cannot read; check that a prompt gets no extra token."""
     rewrite_json(weights / "config.json", portable_config)
     rewrite_json(
         weights / "tokenizer_config.json",
@@ -135,8 +139,10 @@ def make_portable(weights: Path, tokenizer: Any) -> None:
     served = load_tokenizer(weights)(probe)["input_ids"]
     if served != expected:
         raise UserError(
-            f"{weights}: the server would read a rendered prompt as {served[:8]}..., training as {expected[:8]}...\n"
-            "    the tokenizer adds special tokens in a way the export cannot undo; save it with add_bos_token=false"
+            f"{weights}: the server would read a rendered prompt as {served[:8]}..., "
+            f"training as {expected[:8]}...\n"
+            "    the tokenizer adds special tokens in a way the export cannot undo; "
+            "save it with add_bos_token=false"
         )
 
 
@@ -170,7 +176,7 @@ def lineage(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def read_export(export_dir: Path) -> dict[str, Any]:
-    """export.json of an export directory. Raises UserError when there is none or a file listed in it changed."""
+    """export.json of an export directory. Raises UserError when there is none or a listed file changed."""
     path = export_dir / MANIFEST
     if not path.is_file():
         raise UserError(

@@ -1,4 +1,9 @@
-"""Keep an export served in the foreground until Ctrl-C: what `posttrain serve EXPORT --keep` does."""
+"""Keep an export served in the foreground until Ctrl-C, for trying it by hand.
+
+    serve_forever(Path("runs/tiny/export"), console=Console())
+
+The `serve` stage is something else: it starts the server, checks parity and stops it.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from posttrain.errors import PosttrainError
 from rich.console import Console
 
+from posttrain.errors import PosttrainError
 from serving.embedded import EmbeddedServer, find_environment
 from serving.export import REPOSITORY, read_export
 
@@ -23,7 +28,7 @@ def serve_forever(
     triton_env: str = ".venv-triton",
     http_port: int | None = 8000,
     grpc_port: int | None = 8001,
-    start_timeout_s: float = 180.0,
+    start_timeout_s: float = 300.0,
 ) -> None:
     """Serve until interrupted (returns) or until the server dies.
 
@@ -63,7 +68,9 @@ def serve_forever(
 
 def _instructions(server: EmbeddedServer) -> str:
     sampling = json.dumps({"temperature": 0, "max_tokens": 64})
-    body = json.dumps({"text_input": "Hello", "sampling_parameters": sampling, "exclude_input_in_output": True})
+    body = json.dumps(
+        {"text_input": "Hello", "sampling_parameters": sampling, "exclude_input_in_output": True}
+    )
     return (
         f"serving {server.model_name}: HTTP {server.http_url}, gRPC {server.grpc_url}, "
         f"metrics http://{server.metrics_url}/metrics\n"

@@ -1,9 +1,10 @@
 """The proof that what is served is what was trained: the same prompts, greedy, token by token.
 
-The reference is `model.generate()` of the trained model, loaded from its own run and not from the export, one prompt
-at a time. Compared are the rendered prompt (chat template), the number of prompt tokens the server saw (special
-tokens), every token of the answer including its end (weights, stop tokens), and the log-probability of each served
-token (weights that changed too little to change a token). Pure but for `reference_answer`, which runs the model.
+The reference is `model.generate()` of the trained model, loaded from its own run and not from the export, one
+prompt at a time. Compared are the rendered prompt (chat template), the number of prompt tokens the server saw
+(special tokens), every token of the answer including its end (weights, stop tokens), and the log-probability
+of each served token (weights that changed too little to change a token). Pure but for `reference_answer`,
+which runs the model.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Reference:
 class Comparison:
     """One prompt, both ways.
 
-    first_difference: position of the first token that differs, None if there is none. margin: by how many nats the
-    trained model prefers its own token there; near 0 means a tie that rounding decides. max_logprob_delta: largest
-    |served - reference| log-probability over the served tokens, None where it is not a finite number.
+    first_difference: position of the first token that differs, None if there is none. margin: by how many
+    nats the trained model prefers its own token there; near 0 means a tie that rounding decides.
+    max_logprob_delta: largest |served - reference| log-probability over the served tokens, None where it is
+    not a finite number.
     """
 
     index: int
@@ -58,7 +60,11 @@ class Comparison:
     @property
     def identical(self) -> bool:
         """Prompt and answer are the same, token by token."""
-        return self.prompt_equal and self.prompt_tokens == self.served_prompt_tokens and self.first_difference is None
+        return (
+            self.prompt_equal
+            and self.prompt_tokens == self.served_prompt_tokens
+            and self.first_difference is None
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,8 @@ class ParityReport:
     def within_bound(self) -> bool:
         """Whether every log-probability is close enough."""
         return all(
-            c.max_logprob_delta is not None and c.max_logprob_delta <= self.logprob_bound for c in self.comparisons
+            c.max_logprob_delta is not None and c.max_logprob_delta <= self.logprob_bound
+            for c in self.comparisons
         )
 
     @property
@@ -124,12 +131,16 @@ def _explain_one(c: Comparison, tokenizer: PreTrainedTokenizerBase) -> list[str]
     if not c.prompt_equal:
         lines.append("    the exported chat template renders another prompt than the trained one")
     if c.prompt_tokens != c.served_prompt_tokens:
-        lines.append(f"    the server read {c.served_prompt_tokens} prompt tokens, training reads {c.prompt_tokens}")
+        lines.append(
+            f"    the server read {c.served_prompt_tokens} prompt tokens, training reads {c.prompt_tokens}"
+        )
     at = c.first_difference
     if at is None:
         return lines
     start, end = max(at - SHOWN_TOKENS, 0), at + SHOWN_TOKENS
-    lines.append(f"    first difference at token {at} (of {len(c.expected_ids)} trained, {len(c.served_ids)} served)")
+    lines.append(
+        f"    first difference at token {at} (of {len(c.expected_ids)} trained, {len(c.served_ids)} served)"
+    )
     for name, ids in (("trained", c.expected_ids), ("served", c.served_ids)):
         lines.append(f"    {name:8}{_tokens(tokenizer, ids[start:end])}{'' if len(ids) > end else ' (end)'}")
     if c.margin is not None:
@@ -153,7 +164,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
 
 
 def reference_answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    max_new_tokens: int,
 ) -> Reference:
     """Greedy answer of `model.generate()`, every setting written out so that none comes from a file."""
     import torch
@@ -174,12 +188,15 @@ def reference_answer(
     )
     trained_settings, model.generation_config = model.generation_config, settings
     try:
+        generate: Any = model.generate
         with torch.inference_mode():
-            output_1T = model.generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
+            output_1T = generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
     finally:
         model.generation_config = trained_settings
     ids = output_1T[0, len(prompt_ids) :].tolist()
-    return Reference(prompt, prompt_ids, ids, tokenizer.decode(ids, skip_special_tokens=True))
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Reference(prompt, prompt_ids, ids, text)
 
 
 @contextmanager
@@ -198,13 +215,15 @@ def as_served(model: PreTrainedModel) -> Iterator[None]:
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer of the trained model: the tokenizer's EOS and those of its generation config."""
+    """Tokens that end an answer: the tokenizer's EOS and those of the model's generation config."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None})
 
 
-def compare(index: int, model: PreTrainedModel, reference: Reference, prompt: str, served: Generation) -> Comparison:
+def compare(
+    index: int, model: PreTrainedModel, reference: Reference, prompt: str, served: Generation
+) -> Comparison:
     """Compare one served answer with the reference.
 
     Args:
@@ -250,7 +269,9 @@ def compare_all(
     with as_served(model):
         comparisons = [
             compare(index, model, reference, prompt, answer)
-            for index, (reference, prompt, answer) in enumerate(zip(references, prompts, answers, strict=True))
+            for index, (reference, prompt, answer) in enumerate(
+                zip(references, prompts, answers, strict=True)
+            )
         ]
     return ParityReport(comparisons, logprob_bound)
 

@@ -1,8 +1,9 @@
 """Makes a model directory written by transformers 5 readable by the older releases inside serving containers.
 
-transformers 4 knows neither the tokenizer class "TokenizersBackend" nor `rope_parameters` nor `dtype`, and fails on
-a list under `extra_special_tokens`. What it reads instead is added, or put in its place where both cannot stand;
-transformers 5 loads the result as the same model and the same tokenizer. All functions are pure: JSON in, JSON out.
+transformers 4 knows neither the tokenizer class "TokenizersBackend" nor `rope_parameters` nor `dtype`, and
+fails on a list under `extra_special_tokens`. What it reads instead is added, or put in its place where both
+cannot stand; transformers 5 loads the result as the same model and the same tokenizer. All functions are
+pure: JSON in, JSON out.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ def portable_tokenizer_config(settings: dict[str, Any], chat_template: str) -> d
 def without_added_tokens(tokenizer: dict[str, Any]) -> dict[str, Any]:
     """tokenizer.json whose post-processor adds no tokens (BOS, EOS) around a text.
 
-    A served prompt is a rendered conversation, whose template writes every special token itself; Triton's vLLM
-    backend would tokenise it as plain text and add a second BOS.
+    A served prompt is a rendered conversation, whose template writes every special token itself; Triton's
+    vLLM backend would tokenise it as plain text and add a second BOS.
     """
     result = copy.deepcopy(tokenizer)
     processor = result.get("post_processor")
@@ -64,6 +65,6 @@ def without_added_tokens(tokenizer: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_readable(directory: Path) -> None:
-    """Give every file mode 0644 and every folder 0755: safetensors writes 0600, and a container is another user."""
+    """Files get mode 0644, folders 0755: safetensors writes 0600, and a container is another user."""
     for path in (directory, *directory.rglob("*")):
         path.chmod(SEARCHABLE if path.is_dir() else READABLE)

@@ -1,4 +1,4 @@
-"""Stage `serve`: serve an export with the embedded Triton, ask it, and prove that it answers as the trained model.
+"""Stage `serve`: serve an export with the embedded Triton and prove that it answers as the trained model.
 
     posttrain run configs/tiny/pipeline.yaml --only serve
 
@@ -25,7 +25,6 @@ from posttrain.errors import DataError, PosttrainError, UserError
 from posttrain.inputs import resolve
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.rundir import atomic_write_json, atomic_write_text
-
 from serving.client import Generation, TritonClient, import_grpc
 from serving.config import ServeConfig
 from serving.embedded import EmbeddedServer, find_environment
@@ -57,7 +56,11 @@ def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
     longest_prompt = prompt_room(config, manifest)
     asked = select_prompts(context.path("prompts"), tokenizer, config.num_prompts, longest_prompt)
     references: list[Reference] = []
-    with context.phase("reference"), as_served(model), context.progress("reference answers", len(asked)) as bar:
+    with (
+        context.phase("reference"),
+        as_served(model),
+        context.progress("reference answers", len(asked)) as bar,
+    ):
         for messages in asked:
             references.append(reference_answer(model, tokenizer, messages, config.max_new_tokens))
             bar.advance()
@@ -95,7 +98,7 @@ def ask(
     environment: Path,
     prompts: Sequence[str],
 ) -> tuple[float, str, list[Generation]]:
-    """Start the server, send every prompt, stop it: seconds to start, the first prompt's HTTP answer, all answers."""
+    """Start, ask, stop: seconds to start, the first prompt's answer over HTTP, all answers over gRPC."""
     sampling = {"temperature": 0.0, "max_tokens": config.max_new_tokens, "logprobs": 0}
     started = time.perf_counter()
     with context.phase("start"), context.progress("starting Triton", None) as waiting:
@@ -109,7 +112,9 @@ def ask(
         )
         server.start()
     start_s = time.perf_counter() - started
-    context.console.print(f"Triton is ready after {start_s:.1f} s at http://{server.http_url}", highlight=False)
+    context.console.print(
+        f"Triton is ready after {start_s:.1f} s at http://{server.http_url}", highlight=False
+    )
     try:
         client = TritonClient(server.http_url, server.grpc_url, name, config.request_timeout_s)
         http_text = client.generate_http(prompts[0], sampling)["text_output"]
@@ -147,25 +152,29 @@ def reference_path(config: ServeConfig, context: StageContext, manifest: dict[st
 
 
 def prompt_room(config: ServeConfig, manifest: dict[str, Any]) -> int:
-    """Most tokens a prompt may have. Raises UserError when the export does not allow answers of the length asked."""
+    """Most tokens a prompt may have. Raises UserError when the export allows no answers that long."""
     limit = min(manifest["limits"]["max_output_tokens"], manifest["max_model_len"] - 1)
     if config.max_new_tokens > limit:
         raise UserError(
-            f"max_new_tokens: {config.max_new_tokens}, but the export allows answers of at most {limit} tokens\n"
+            f"max_new_tokens: {config.max_new_tokens}, but the export allows at most {limit} tokens\n"
             "    lower max_new_tokens, or export with a larger max_output_tokens and max_model_len"
         )
     return manifest["max_model_len"] - config.max_new_tokens
 
 
-def select_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int) -> list[Messages]:
-    """The first `count` conversations of the eval split, up to the last answer, that have at most `longest` tokens.
+def select_prompts(
+    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int
+) -> list[Messages]:
+    """The first `count` conversations of the eval split, less their last answer, of at most `longest` tokens.
 
     Raises DataError when the rows hold no conversation, or none fits.
     """
     rows = read_split(path, "eval")
     column = next((name for name in ("prompt", "messages") if name in rows.column_names), None)
     if column is None:
-        raise DataError(f"{path}: holds no prompts\n    name a data set of kind prompt, preference or conversation")
+        raise DataError(
+            f"{path}: holds no prompts\n    name a data set of kind prompt, preference or conversation"
+        )
     chosen: list[Messages] = []
     for row in rows:
         messages = [{"role": turn["role"], "content": turn["content"]} for turn in row[column]]

@@ -2,13 +2,15 @@
 
     python supervisor.py WORK_DIR SHM_PREFIX GRACE_SECONDS LOG_FILE -- tritonserver ARGUMENTS
 
-Standard input is a pipe that the owner keeps open and never writes to. When it closes (the owner stopped the server,
-raised, or was killed) tritonserver gets SIGTERM, after the grace period SIGKILL with its whole process group; then
-its shared-memory regions and the work directory are removed. If tritonserver ends first, only the removal is left.
+Standard input is a pipe that the owner keeps open and never writes to. When it closes (the owner stopped the
+server, raised, or was killed) tritonserver gets SIGTERM, after the grace period SIGKILL with its whole
+process group; then its shared-memory regions and the work directory are removed. If tritonserver ends first,
+only the removal is left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -60,16 +62,14 @@ def _wait_for_owner(server: subprocess.Popen[bytes], asked_to_end: threading.Eve
 
 
 def _end(server: subprocess.Popen[bytes], grace: float) -> None:
-    """SIGTERM, wait, SIGKILL. The group is killed even after a clean exit: an orphaned stub would spin forever."""
+    """SIGTERM, wait, SIGKILL. The group is killed even after a clean exit: an orphaned stub spins forever."""
     if server.poll() is None:
         server.terminate()
         deadline = time.monotonic() + grace
         while server.poll() is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS / 4)
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     server.wait()
 
 

@@ -32,14 +32,19 @@ from posttrain.errors import DataError, PosttrainError
 from posttrain.stage import StageContext
 from train.base_config import BaseConfig
 from train.checkpoints import discard_incomplete, last_complete_checkpoint, mark_complete, step_of
+from train.peft_setup import quiet_libraries
 from train.tokenizer import build_tokenizer
 
 
 def run(config: BaseConfig, context: StageContext) -> dict[str, Any]:
+    quiet_libraries()
     rows = {split: read_split(context.path("data"), split) for split in ("train", "eval")}
     with context.phase("tokenizer"):
         tokenizer = build_tokenizer(
-            _plain_texts(rows["train"]), config.vocab_size, config.max_length, config.keep_whole
+            _plain_texts(rows["train"]),
+            config.vocab_size,
+            config.architecture.max_position_embeddings,
+            config.keep_whole,
         )
         sequences = {
             split: encode(tokenizer, data, config.max_length, config.prompt_loss_weight)

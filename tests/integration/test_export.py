@@ -1,4 +1,4 @@
-"""The export stage: the exact files, readable by anyone and by older releases, and the same model as before."""
+"""The export stage: the exact files, readable by anyone and by older releases, and still the same model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ REPOSITORY = {
     "desk/1/weights/tokenizer.json",
     "desk/1/weights/tokenizer_config.json",
 }
-CONVERSATION = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where is order K100?"}]
+CONVERSATION = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Where is order K100?"},
+]
 
 
 def _export(run_dir: Path, model: Path, **fields):
@@ -54,7 +57,9 @@ def test_writes_exactly_these_files_readable_by_all(exported):
     root = exported / "model_repository"
     assert file_names(root) == REPOSITORY
     assert {oct(path.stat().st_mode & 0o777) for path in root.rglob("*") if path.is_file()} == {"0o644"}
-    assert {oct(path.stat().st_mode & 0o777) for path in (root, *root.rglob("*")) if path.is_dir()} == {"0o755"}
+    assert {oct(path.stat().st_mode & 0o777) for path in (root, *root.rglob("*")) if path.is_dir()} == {
+        "0o755"
+    }
     assert not list(exported.glob(".staging-*"))
 
 
@@ -115,7 +120,12 @@ def test_the_precision_is_the_one_asked_for(tmp_path, tiny_model_dir):
     assert json.loads((_weights(export_dir) / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert next(model.parameters()).dtype == torch.bfloat16
     engine = json.loads((_weights(export_dir).parent / "model.json").read_text())
-    assert engine == {"model": "weights", "dtype": "bfloat16", "max_model_len": 256, "gpu_memory_utilization": 0.9}
+    assert engine == {
+        "model": "weights",
+        "dtype": "bfloat16",
+        "max_model_len": 256,
+        "gpu_memory_utilization": 0.9,
+    }
 
 
 def test_a_tokenizer_that_adds_a_token_is_exported_without_the_habit(tmp_path, tiny_model_dir):
@@ -124,7 +134,10 @@ def test_a_tokenizer_that_adds_a_token_is_exported_without_the_habit(tmp_path, t
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "single": [
+            {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
     }

@@ -1,7 +1,8 @@
-"""Export and serve configurations, the Triton model configuration, and the JSON that older containers read."""
+"""Export and serve configurations, config.pbtxt, and the JSON that older containers read."""
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from posttrain.errors import UserError
 from serving.config import ExportConfig, ServeConfig, check_export, check_serve
 from serving.contract import INPUTS, OUTPUTS, render_config
-from serving.embedded import find_environment
+from serving.embedded import EmbeddedServer, find_environment
 from serving.export import context_length, engine_arguments
 from serving.portable import portable_config, portable_tokenizer_config, without_added_tokens
 
@@ -73,6 +74,17 @@ def test_the_variable_overrides_the_configured_environment(tmp_path, monkeypatch
         find_environment(".venv-triton")
 
 
+def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        server = EmbeddedServer(tmp_path, "m", tmp_path, tmp_path / "log", http_port=port)
+        with pytest.raises(UserError, match=f"127.0.0.1:{port}: the port cannot be used"):
+            server.start()
+    assert not (tmp_path / "log").exists()
+
+
 def test_config_pbtxt_spells_out_every_tensor():
     text = render_config("desk", {"max_queue": "7"})
     for expected in (
@@ -93,7 +105,9 @@ def test_config_pbtxt_spells_out_every_tensor():
 
 
 def test_rotary_parameters_get_their_older_form():
-    plain = portable_config({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "dtype": "bfloat16"})
+    plain = portable_config(
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "dtype": "bfloat16"}
+    )
     assert (plain["rope_theta"], plain["rope_scaling"], plain["torch_dtype"]) == (5e5, None, "bfloat16")
     assert plain["rope_parameters"] == {"rope_theta": 5e5, "rope_type": "default"}
     scaled = portable_config({"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}})

@@ -1,4 +1,4 @@
-"""The stand-in's engine on the two-layer model: equal to generate(), fair, bounded, and honest when it fails."""
+"""The stand-in's engine on the two-layer model: equal to generate(), fair, bounded, honest in failure."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def _generate(loaded, prompt, count):
 
 def test_greedy_answers_equal_generate_whoever_else_is_served(engine, loaded):
     prompts = [f"{PROMPT}{number}" for number in range(7)]
-    sinks = [_ask(engine, prompt, max_tokens=4 + 3 * at, ignore_eos=True) for at, prompt in enumerate(prompts)]
+    sinks = [
+        _ask(engine, prompt, max_tokens=4 + 3 * at, ignore_eos=True) for at, prompt in enumerate(prompts)
+    ]
     for at, (prompt, sink) in enumerate(zip(prompts, sinks, strict=True)):
         assert sink.wait().ids == _generate(loaded, prompt, 4 + 3 * at)
         assert sink.updates[-1].finish_reason == "length"

@@ -116,7 +116,9 @@ def test_shifted_logprobs_fail_though_the_tokens_agree(model, tokenizer, referen
     json.dumps(report.to_json(), allow_nan=False)
 
 
-def test_the_reference_depends_on_no_file_but_weights_and_tokenizer(tiny_model_dir, model, tokenizer, references):
+def test_the_reference_depends_on_no_file_but_weights_and_tokenizer(
+    tiny_model_dir, model, tokenizer, references
+):
     """A sampling default left in generation_config.json must not reach the reference."""
     other = load_causal_lm(tiny_model_dir)
     other.generation_config.update(do_sample=True, temperature=9.0, max_new_tokens=3, repetition_penalty=2.0)

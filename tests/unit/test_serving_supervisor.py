@@ -35,7 +35,17 @@ def place(tmp_path):
 def _command(place, extra="", grace="5"):
     directory, prefix = place
     server = [sys.executable, "-c", SERVER.format(extra=extra), prefix, str(directory / "up")]
-    return [sys.executable, "-I", SCRIPT, str(directory / "work"), prefix, grace, str(directory / "log"), "--", *server]
+    return [
+        sys.executable,
+        "-I",
+        SCRIPT,
+        str(directory / "work"),
+        prefix,
+        grace,
+        str(directory / "log"),
+        "--",
+        *server,
+    ]
 
 
 def _start(place, **options):
@@ -80,7 +90,9 @@ def test_a_signal_to_the_supervisor_ends_the_server(place, number):
 
 def test_a_killed_owner_ends_the_server(place):
     """The owner gets SIGKILL, so that no code of its own can run. The supervisor holds the owner's stdout."""
-    owner_code = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE); time.sleep(60)"
+    owner_code = (
+        "import subprocess, sys, time; subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE); time.sleep(60)"
+    )
     owner = subprocess.Popen([sys.executable, "-c", owner_code, *_command(place)], stdout=subprocess.PIPE)
     assert (place[0] / "up").read_text() == "up"
     owner.kill()

@@ -1,1 +1,1 @@
-"""Stand-in for Triton's vLLM backend on transformers. Runs inside tritonserver, in an environment without posttrain."""
+"""Stand-in for Triton's vLLM backend; runs inside tritonserver, in an environment without posttrain."""

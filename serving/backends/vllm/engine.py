@@ -1,8 +1,8 @@
 """A small generation engine: one thread, one forward pass per token, requests taking turns.
 
-Every request keeps its own key-value cache and is computed alone, so its tokens do not depend on what else is being
-served; turns of one token keep a short request from waiting behind a long one. Throughput is that of one request.
-What a faster engine must keep is `Engine.submit` and the `Sink` it reports to.
+Every request keeps its own key-value cache and is computed alone, so its tokens do not depend on what else is
+being served; turns of one token keep a short request from waiting behind a long one. Throughput is that of
+one request. What a faster engine must keep is `Engine.submit` and the `Sink` it reports to.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Update:
-    """What one turn added to an answer. `logprobs`: the drawn token first, then the likeliest ones asked for."""
+    """What one turn added to an answer. `logprobs`: the drawn token, then the likeliest ones if asked for."""
 
     text: str
     token_id: int
@@ -99,13 +99,15 @@ class Engine:
         """Queue one request.
 
         Raises:
-            RequestError: empty or too long a prompt, or a full queue. A stopped engine is reported to the sink.
+            RequestError: empty or too long a prompt, or a full queue. A stopped engine is reported to the
+            sink.
         """
         if not prompt:
             raise RequestError("text_input is empty")
         if len(prompt) > self.limits.max_prompt_characters:
             raise RequestError(
-                f"text_input has {len(prompt)} characters, at most {self.limits.max_prompt_characters} are accepted"
+                f"text_input has {len(prompt)} characters, "
+                f"at most {self.limits.max_prompt_characters} are accepted"
             )
         prompt_ids = self.tokenizer(prompt)["input_ids"]
         if not prompt_ids:
@@ -197,9 +199,10 @@ class Engine:
         reason = None
         if (token in self.stop_ids and not params.ignore_eos) or token in params.stop_token_ids:
             reason = "stop"
-        elif len(sequence.ids) >= params.max_tokens:
-            reason = "length"
-        elif len(sequence.prompt_ids) + len(sequence.ids) >= self.limits.max_model_len:
+        elif (
+            len(sequence.ids) >= params.max_tokens
+            or len(sequence.prompt_ids) + len(sequence.ids) >= self.limits.max_model_len
+        ):
             reason = "length"
         text = self._decode(sequence)
         cut = min((at for at in (text.find(stop) for stop in params.stop) if at >= 0), default=-1)
@@ -220,7 +223,9 @@ class Engine:
         before = self.tokenizer.decode(context, **options)
         return self.tokenizer.decode(context + sequence.ids, **options)[len(before) :]
 
-    def _candidates(self, logprobs_V: torch.Tensor, token: int, count: int | None) -> tuple[TokenLogprob, ...] | None:
+    def _candidates(
+        self, logprobs_V: torch.Tensor, token: int, count: int | None
+    ) -> tuple[TokenLogprob, ...] | None:
         if count is None:
             return None
         others = logprobs_V.topk(min(count, len(logprobs_V))).indices.tolist()
@@ -244,14 +249,17 @@ class Engine:
 
 
 def useful_threads(model: Any) -> int:
-    """Threads for computing one token at a time: a small model's matrices are not worth handing to a second one,
-    which on a busy machine makes every step wait for the scheduler (measured: ten times slower)."""
+    """Threads for computing one token at a time.
+
+    A small model's matrices are not worth handing to a second thread, which on a busy machine makes every
+    step wait for the scheduler (measured: ten times slower).
+    """
     small = sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL_PARAMETERS
     return 1 if small else torch.get_num_threads()
 
 
 def end_of_turn_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end an answer: the tokenizer's EOS and those of the generation config, as vLLM takes them."""
+    """Tokens that end an answer: the tokenizer's EOS and those of the generation config, as in vLLM."""
     configured = model.generation_config.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -1,11 +1,11 @@
 """Triton model of the stand-in: requests in, responses out; the work is the engine's.
 
-Loaded by tritonserver as the python-based backend "vllm". It keeps the tensors, defaults and errors of Triton's vLLM
-backend for text generation; images, embeddings and adapters by name are refused with an error.
+Loaded by tritonserver as the python-based backend "vllm". It keeps the tensors, defaults and errors of
+Triton's vLLM backend for text generation; images, embeddings and adapters by name are refused with an error.
 
-Where the weights are: vLLM opens `model` of 1/model.json as a path of its container, <mount_path>/<name>/<version>/
-weights. Here the repository is mounted elsewhere, so a path that ends in this model's <name>/<version>/... is taken
-relative to this version's folder; so is a relative path.
+Where the weights are: vLLM opens `model` of 1/model.json as a path of its container,
+<mount_path>/<name>/<version>/weights. Here the repository is mounted elsewhere, so a path that ends in this
+model's <name>/<version>/... is taken relative to this version's folder; so is a relative path.
 """
 
 from __future__ import annotations
@@ -173,12 +173,15 @@ class Responder:
 
 
 def logprobs_json(positions: list[tuple[TokenLogprob, ...] | None]) -> str:
-    """The `logprobs` output: per position an object from token id to its log-probability, the drawn token first."""
+    """The `logprobs` output: per position {token id: {logprob, rank, decoded_token}}, the drawn one first."""
     if any(position is None for position in positions):
         return "null"
     return json.dumps(
         [
-            {str(c.token_id): {"logprob": c.logprob, "rank": c.rank, "decoded_token": c.text} for c in position}
+            {
+                str(c.token_id): {"logprob": c.logprob, "rank": c.rank, "decoded_token": c.text}
+                for c in position
+            }
             for position in positions
             if position is not None
         ]

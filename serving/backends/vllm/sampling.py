@@ -1,8 +1,9 @@
 """Sampling parameters of vLLM: what the stand-in accepts, what it refuses, and how a token is drawn.
 
-Defaults and meanings are vLLM's (docs.vllm.ai, SamplingParams): temperature 1.0, max_tokens 16, temperature 0 is
-greedy, top_k 0 or -1 is off, `logprobs: n` returns the drawn token and the n likeliest. A parameter that the
-stand-in does not implement is refused unless it has its neutral value: an answer is never silently different.
+Defaults and meanings are vLLM's (docs.vllm.ai, SamplingParams): temperature 1.0, max_tokens 16, temperature 0
+is greedy, top_k 0 or -1 is off, `logprobs: n` returns the drawn token and the n likeliest. A parameter that
+the stand-in does not implement is refused unless it has its neutral value: an answer is never silently
+different.
 """
 
 from __future__ import annotations
