@@ -14,6 +14,8 @@ import re
 import shutil
 from pathlib import Path
 
+from posttrain.rundir import fsync_path
+
 MARKER = "COMPLETE"
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
@@ -29,14 +31,14 @@ def mark_complete(checkpoint: Path) -> None:
     """Flush every file of the checkpoint to disk, then write the marker, then flush the directory."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
     for path in files:
-        _fsync(path)
+        fsync_path(path)
     partial = checkpoint / f".{MARKER}.partial"
     sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in files}
     partial.write_text(json.dumps(sizes), encoding="utf-8")
-    _fsync(partial)
+    fsync_path(partial)
     os.replace(partial, checkpoint / MARKER)
-    _fsync(checkpoint)
-    _fsync(checkpoint.parent)
+    fsync_path(checkpoint)
+    fsync_path(checkpoint.parent)
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -67,11 +69,3 @@ def _checkpoints(root: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return [path for path in root.iterdir() if path.is_dir() and _NAME.match(path.name)]
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

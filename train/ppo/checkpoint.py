@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from posttrain.errors import PosttrainError
+from posttrain.rundir import fsync_path
 
 MARKER = "COMPLETE"
 WEIGHTS, STATE = "weights.pt", "state.pt"
@@ -60,12 +61,12 @@ def save_checkpoint(
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
         with open(staging / MARKER, "w", encoding="utf-8") as file:
             json.dump({"step": step, "processes": accelerator.num_processes, "files": sizes}, file)
-            _sync(file.fileno())
-        _sync_directory(staging)
+            os.fsync(file.fileno())
+        fsync_path(staging)
         final = root / f"step-{step}"
         shutil.rmtree(final, ignore_errors=True)
         staging.rename(final)
-        _sync_directory(root)
+        fsync_path(root)
         for old in complete_checkpoints(root)[:-keep]:
             shutil.rmtree(old.path)
     accelerator.wait_for_everyone()
@@ -147,20 +148,8 @@ def _write(path: Path, value: Any) -> None:
     with open(path, "wb") as file:
         torch.save(value, file)
         file.flush()
-        _sync(file.fileno())
+        os.fsync(file.fileno())
 
 
 def _read(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _sync(descriptor: int) -> None:
-    os.fsync(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
