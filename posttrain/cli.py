@@ -1,7 +1,8 @@
 """The `posttrain` command. Everything heavy is imported inside the command that needs it.
 
-Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 130 interrupted. What a
-person reads goes to stderr, what a script reads (--json, schema) to stdout.
+Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 75 stopped by SIGTERM with
+the work saved, 130 interrupted. What a person reads goes to stderr, what a script reads (--json, schema) to
+stdout.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain import __version__
-from posttrain.errors import PosttrainError, UserError
+from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def _reporting() -> Iterator[None]:
     """Turn what a command raises into a message on stderr and the exit code."""
     try:
         yield
+    except RequeueError as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(stop.exit_code) from None
     except PosttrainError as error:
         if _debug:
             traceback.print_exc()

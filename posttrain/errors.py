@@ -1,6 +1,7 @@
 """The errors that reach the user, each with the exit code that the command line returns for it.
 
-0 done, 1 the machine or the program failed, 2 something the user can correct, 130 interrupted.
+0 done, 1 the machine or the program failed, 2 something the user can correct, 75 stopped by SIGTERM with its
+work saved (EX_TEMPFAIL of sysexits.h: run the same command again), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,6 +27,22 @@ class PosttrainError(Exception):
 
 class StageFailedError(PosttrainError):
     """A stage stopped on an exception that it does not expect; the cause is attached."""
+
+
+class RequeueError(PosttrainError):
+    """A stage saved its work and stopped because SIGTERM asked it to; nothing failed.
+
+    place: how far it came, "update 12 of 64".
+    """
+
+    exit_code = 75
+
+    def __init__(self, place: str):
+        self.place = place
+        super().__init__(
+            f"stopped at {place} after SIGTERM, with the work up to there saved\n"
+            "    the same command resumes from there (exit code 75 asks a scheduler to run it again)"
+        )
 
 
 class UserError(PosttrainError, ValueError):

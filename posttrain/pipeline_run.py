@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from posttrain.errors import ConfigError, Problem, UserError, explaining_the_disk
+from posttrain.errors import ConfigError, Problem, RequeueError, UserError, explaining_the_disk
 from posttrain.pipeline import Pipeline
 from posttrain.planning import Plan, plan_stage
 from posttrain.registry import load
@@ -99,6 +99,9 @@ def _run_one(
         record.write("running", current=name)
     try:
         result = execute_stage(block.kind, block.config, block.run_dir, force=force, console=console)
+    except RequeueError:
+        record.write_best_effort("interrupted", current=name)
+        raise
     except BaseException:
         record.write_best_effort("failed", current=name)
         raise

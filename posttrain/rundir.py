@@ -28,6 +28,7 @@ STAGING_PREFIX = ".staging-"
 PREVIOUS = ".previous"
 _LOCK, _HOLDER = ".lock", ".lock-holder.json"
 _RECORDS = ("manifest.json", "config.yaml", "metrics.jsonl", "error.log", "report.html")
+_RECORD_DIRECTORIES = ("checkpoints", "tensorboard")
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -82,7 +83,7 @@ def describe_outputs(run_dir: Path) -> dict[str, Any]:
     """What a finished stage left: {"model": hash, "dataset": hash, "files": {path: bytes}, "hash": hash}.
 
     "model" and "dataset" are there when the run holds them; "hash" covers everything that is not a
-    record of the run itself (manifest, metrics, checkpoints).
+    record of the run itself (manifest, metrics, tensorboard events, checkpoints).
     """
     files = [file for file in content_files(run_dir) if _is_output(file.relative_to(run_dir))]
     outputs: dict[str, Any] = {}
@@ -99,7 +100,7 @@ def describe_outputs(run_dir: Path) -> dict[str, Any]:
 
 
 def _is_output(relative: Path) -> bool:
-    return relative.parts[0] != "checkpoints" and relative.as_posix() not in _RECORDS
+    return relative.parts[0] not in _RECORD_DIRECTORIES and relative.as_posix() not in _RECORDS
 
 
 def missing_output(run_dir: Path, manifest: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from posttrain.config import StageConfig
 from posttrain.context import StageContext, to_json
 from posttrain.environment import code_version, hardware, package_versions
-from posttrain.errors import PosttrainError, StageFailedError, UserError, explaining_the_disk
+from posttrain.errors import PosttrainError, RequeueError, StageFailedError, UserError, explaining_the_disk
 from posttrain.inputs import check_same_tokenizer, download, fingerprint_tokenizer
 from posttrain.planning import Plan, plan_stage
 from posttrain.registry import load, stage_spec
@@ -45,8 +45,9 @@ def execute_stage(
 ) -> StageResult:
     """Bring `run_dir` to the state that `config` asks for: nothing when it is there, resuming when it can.
 
-    Raises UserError for what the user can correct, PosttrainError for a full disk, and StageFailedError for
-    any other exception of the stage, whose traceback is then in `run_dir/error.log`.
+    Raises UserError for what the user can correct, RequeueError when SIGTERM stopped it, PosttrainError for a
+    full disk, and StageFailedError for any other exception of the stage, whose traceback is then in
+    `run_dir/error.log`.
     """
     run = RunDir(run_dir)
     if dry_run:
@@ -87,6 +88,9 @@ def _execute(kind: str, config: StageConfig, run: RunDir, plan: Plan, console: C
     try:
         metrics = _run_stage(kind, config, context, manifest)
         _finish(run, manifest, metrics, started)
+    except RequeueError as stop:
+        _record_interruption(run, manifest, stop, started)
+        raise
     except Exception as error:
         _record_failure(run, manifest, error)
         raise
@@ -163,12 +167,22 @@ def _finish(run: RunDir, manifest: dict[str, Any], metrics: dict[str, Any], star
     outputs = describe_outputs(run.path)
     if "model" in outputs:
         manifest["fingerprints"]["model"] = fingerprint_tokenizer(run.path / "model")
-    manifest["timings"]["total"] = round(
-        manifest["timings"].get("total", 0.0) + time.perf_counter() - started, 3
-    )
+    _add_total(manifest, started)
     manifest.update(outputs_hash=outputs.pop("hash"), outputs=outputs, metrics=metrics)
     manifest.update(status="complete", finished=_now())
     run.write_manifest(manifest)
+
+
+def _add_total(manifest: dict[str, Any], started: float) -> None:
+    timings = manifest["timings"]
+    timings["total"] = round(timings.get("total", 0.0) + time.perf_counter() - started, 3)
+
+
+def _record_interruption(run: RunDir, manifest: dict[str, Any], stop: RequeueError, started: float) -> None:
+    """Not a failure: the next attempt resumes, and adds its seconds to those spent so far."""
+    _add_total(manifest, started)
+    run.remove_staging()
+    run.write_manifest({**manifest, "status": "interrupted", "finished": _now(), "error": _first_line(stop)})
 
 
 def _record_failure(run: RunDir, manifest: dict[str, Any], error: Exception) -> None:
