@@ -28,7 +28,7 @@ STAGING_PREFIX = ".staging-"
 PREVIOUS = ".previous"
 _LOCK, _HOLDER = ".lock", ".lock-holder.json"
 _RECORDS = ("manifest.json", "config.yaml", "metrics.jsonl", "error.log", "report.html")
-_RECORD_DIRECTORIES = ("checkpoints", "tensorboard")
+_RECORD_DIRECTORIES = ("checkpoints", "tensorboard", "wandb")
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -83,7 +83,7 @@ def describe_outputs(run_dir: Path) -> dict[str, Any]:
     """What a finished stage left: {"model": hash, "dataset": hash, "files": {path: bytes}, "hash": hash}.
 
     "model" and "dataset" are there when the run holds them; "hash" covers everything that is not a
-    record of the run itself (manifest, metrics, tensorboard events, checkpoints).
+    record of the run itself (manifest, metrics, checkpoints, tracker files).
     """
     files = [file for file in content_files(run_dir) if _is_output(file.relative_to(run_dir))]
     outputs: dict[str, Any] = {}
