@@ -179,10 +179,16 @@ def _add_total(manifest: dict[str, Any], started: float) -> None:
 
 
 def _record_interruption(run: RunDir, manifest: dict[str, Any], stop: RequeueError, started: float) -> None:
-    """Not a failure: the next attempt resumes, and adds its seconds to those spent so far."""
+    """Not a failure: the next attempt resumes, and adds its seconds to those spent so far. Best effort, as
+    below; without this record the manifest still says `running`, which resumes too.
+    """
     _add_total(manifest, started)
-    run.remove_staging()
-    run.write_manifest({**manifest, "status": "interrupted", "finished": _now(), "error": _first_line(stop)})
+    record = {**manifest, "status": "interrupted", "finished": _now(), "error": _first_line(stop)}
+    try:
+        run.remove_staging()
+        run.write_manifest(record)
+    except OSError:
+        return
 
 
 def _record_failure(run: RunDir, manifest: dict[str, Any], error: Exception) -> None:

@@ -80,10 +80,10 @@ def matmul_throughput(device: torch.device, dtype: torch.dtype) -> float:
     memory. The random state is left as it is. Where others compute at the same time the rate is what they
     leave, and MFU can then come out above 1.
     """
-    started = time.perf_counter()
     size, fastest, best = FIRST_SIZE, math.inf, 0.0
     limit = CPU_LIMIT if device.type == "cpu" else DEVICE_LIMIT
     _seconds_per_product(size, device, dtype)  # warm-up: threads, handles, choice of kernel
+    started = time.perf_counter()
     while best == 0.0 or time.perf_counter() - started < BUDGET:
         fastest = min(fastest, _seconds_per_product(size, device, dtype))
         best = max(best, 2.0 * size**3 / fastest)
