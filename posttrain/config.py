@@ -2,8 +2,9 @@
 
 A stage's configuration is a `StageConfig`: strict (unknown keys and wrong types are errors), frozen,
 each field described. Fields that name an input of the stage are annotated with `ModelRef`,
-`DatasetRef`, `RunRef` or `FileRef`, alone or inside `| None`, `list[...]`, `dict[str, ...]` or a
-nested `StrictModel`; `find_references` finds them, which is all that lineage needs to know.
+`ForeignModelRef`, `DatasetRef`, `RunRef` or `FileRef`, alone or inside `| None`, `list[...]`,
+`dict[str, ...]` or a nested `StrictModel`; `find_references` finds them, which is all that lineage
+needs to know.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from posttrain.yaml_source import load_yaml
 __all__ = [
     "DatasetRef",
     "FileRef",
+    "ForeignModelRef",
     "InputKind",
     "ModelRef",
     "Reference",
@@ -42,7 +44,13 @@ class InputKind(str):
         return {**handler(core_schema), "x-posttrain-input": str(self)}
 
 
+@dataclass(frozen=True)
+class OwnTokenizer:
+    """Marks a model input whose tokenizer and template may differ from those of the stage's other models."""
+
+
 ModelRef = Annotated[str, InputKind("model")]
+ForeignModelRef = Annotated[str, InputKind("model"), OwnTokenizer()]
 DatasetRef = Annotated[str, InputKind("dataset")]
 RunRef = Annotated[str, InputKind("run")]
 FileRef = Annotated[str, InputKind("file")]
@@ -66,11 +74,15 @@ class StageConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Reference:
-    """One input named by a configuration. field: dotted path inside the stage's block ("models.sft")."""
+    """One input named by a configuration. field: dotted path inside the stage's block ("models.sft").
+
+    own_tokenizer: the stage renders the text anew for this model (`ForeignModelRef`).
+    """
 
     field: str
     kind: str
     value: str
+    own_tokenizer: bool = False
 
 
 def find_references(config: BaseModel) -> list[Reference]:
@@ -96,7 +108,8 @@ def _walk(annotation: Any, value: Any, path: str) -> Iterator[Reference]:
         base, *metadata = typing.get_args(annotation)
         kinds = [mark for mark in metadata if isinstance(mark, InputKind)]
         if kinds and isinstance(value, str):
-            yield Reference(path, str(kinds[0]), value)
+            own_tokenizer = any(isinstance(mark, OwnTokenizer) for mark in metadata)
+            yield Reference(path, str(kinds[0]), value, own_tokenizer)
         else:
             yield from _walk(base, value, path)
     elif origin in (Union, UnionType):

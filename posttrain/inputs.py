@@ -27,7 +27,8 @@ _FILE_SUFFIXES = (".json", ".jsonl", ".parquet", ".yaml", ".yml", ".txt", ".csv"
 class ResolvedInput:
     """One input of a stage. Either `path` (local) or `hub_id` ("org/name" or "org/name@revision") is set.
 
-    manifest: that of the run directory the input comes from, None for anything else.
+    manifest: that of the run directory the input comes from, None for anything else. own_tokenizer: a
+    model whose tokenizer need not be that of the stage's other models.
     """
 
     ref: str
@@ -36,6 +37,7 @@ class ResolvedInput:
     hub_id: str | None
     content_hash: str
     manifest: dict[str, Any] | None = None
+    own_tokenizer: bool = False
 
 
 def resolve(ref: str, kind: str) -> ResolvedInput:
@@ -162,13 +164,13 @@ def check_same_tokenizer(inputs: dict[str, ResolvedInput]) -> dict[str, dict[str
     """Fingerprints of the models among a stage's inputs, by field; Hub ids are checked once downloaded.
 
     Raises UserError when two of them differ in tokenizer or chat template: their token ids would not
-    mean the same.
+    mean the same. Those with `own_tokenizer` are fingerprinted and not compared.
     """
     fingerprints: dict[str, dict[str, str]] = {}
     for field, found in inputs.items():
         if found.kind == "model" and found.path is not None:
             fingerprints[field] = fingerprint_tokenizer(found.path)
-    fields = list(fingerprints)
+    fields = [field for field in fingerprints if not inputs[field].own_tokenizer]
     for field in fields[1:]:
         first, second = fingerprints[fields[0]], fingerprints[field]
         differing = [what for what in ("tokenizer", "chat_template") if first[what] != second[what]]

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["adapter_base", "is_adapter", "load_causal_lm", "load_reward_model", "load_tokenizer", "score_ids"]
+__all__ = [
+    "adapter_base",
+    "is_adapter",
+    "load_causal_lm",
+    "load_chat_tokenizer",
+    "load_reward_model",
+    "load_tokenizer",
+    "score_ids",
+]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -36,6 +44,24 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises UserError when it has no chat template, no pad token, no end-of-sequence token, or when pad and
     end-of-sequence are one token: padding would then be learned, or pooled, as the end of the answer.
     """
+    tokenizer = load_chat_tokenizer(path)
+    source = tokenizer.name_or_path
+    remedy = "set it in the tokenizer, save it there, and retrain what was trained with the old one"
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{source}: the tokenizer has no end-of-sequence token\n    {remedy}")
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{source}: the tokenizer has no pad token\n    {remedy}; it must differ from eos")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        token = tokenizer.eos_token
+        raise UserError(f"{source}: the pad token is the end-of-sequence token ({token})\n    {remedy}")
+    return tokenizer
+
+
+def load_chat_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """As `load_tokenizer`, but special tokens are not looked at: enough to render and encode whole dialogues.
+
+    Raises UserError when it cannot be loaded or has no chat template.
+    """
     from transformers import AutoTokenizer
 
     path = Path(path)
@@ -46,18 +72,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: its tokenizer cannot be loaded ({_first_line(error)})") from error
-    remedy = "set it in the tokenizer, save it there, and retrain what was trained with the old one"
     if tokenizer.chat_template is None:
         raise UserError(
             f"{source}: the tokenizer has no chat template\n    add chat_template.jinja to the directory"
         )
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{source}: the tokenizer has no end-of-sequence token\n    {remedy}")
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"{source}: the tokenizer has no pad token\n    {remedy}; it must differ from eos")
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        token = tokenizer.eos_token
-        raise UserError(f"{source}: the pad token is the end-of-sequence token ({token})\n    {remedy}")
     return tokenizer
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +83,8 @@ def _resolve_all(config: StageConfig, leave_out: Collection[str] = ()) -> dict[s
         if reference.field in leave_out:
             continue
         try:
-            inputs[reference.field] = resolve(reference.value, reference.kind)
+            found = resolve(reference.value, reference.kind)
+            inputs[reference.field] = replace(found, own_tokenizer=reference.own_tokenizer)
         except UserError as error:
             failures.append(f"input {reference.field}: {error}")
     if failures:

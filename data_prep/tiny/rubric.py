@@ -7,12 +7,14 @@ configuration names it.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data_prep.tiny import lexicon
+from posttrain.errors import DataError
 
 WEIGHTS = {"answers": 0.30, "ids": 0.25, "polite": 0.15, "concise": 0.10, "ends": 0.10, "private": 0.10}
 MAX_WORDS = 32
@@ -76,6 +78,26 @@ def score(response: str, facts: Mapping[str, Any], finished: bool) -> RubricScor
         "private": float(bool(words) and _private(words, facts)),
     }
     return RubricScore(sum(WEIGHTS[name] * value for name, value in parts.items()), parts)
+
+
+def reward(
+    completions: Sequence[str], meta: Sequence[str], finished: Sequence[bool], **_: Any
+) -> list[float]:
+    """The gold total of each response: a reward function for the `rewards.functions` of a ppo stage.
+
+    Meant for a weight of 0, to watch the gold score during a run that does not train on it.
+    meta: the prompts' column of that name, JSON text. Raises DataError when a prompt carries no facts.
+    """
+    totals = []
+    for response, text, ended in zip(completions, meta, finished, strict=True):
+        facts = json.loads(text or "{}").get("facts")
+        if not facts:
+            raise DataError(
+                "data_prep.tiny.rubric:reward needs `facts` in the meta of every prompt, and one has none\n"
+                "    use prompts of the support_desk generator, or another reward function"
+            )
+        totals.append(score(response, facts, ended).total)
+    return totals
 
 
 def _answers(response: str, facts: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from pydantic import Field
 
 from posttrain import registry
-from posttrain.config import FileRef, ModelRef, RunRef, StageConfig, StrictModel
+from posttrain.config import FileRef, ForeignModelRef, ModelRef, RunRef, StageConfig, StrictModel
 from posttrain.context import StageContext
 from posttrain.errors import DataError, Problem
 from posttrain.registry import StageSpec
@@ -46,6 +46,7 @@ class ToyConfig(StageConfig):
     file: FileRef | None = Field(None, description="A file to read.")
     upstream: RunRef | list[RunRef] | None = Field(None, description="Runs to read.")
     models: dict[str, ModelRef] = Field(default_factory=dict, description="Models by name.")
+    judges: list[ForeignModelRef] = Field(default_factory=list, description="Models with any tokenizer.")
     trainer: ToyTrainer = Field(default_factory=ToyTrainer, description="Nested block.")
     shape: Annotated[Small | Large, Field(discriminator="kind")] = Field(
         default_factory=Small, description="One of two blocks."

@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import core_toy_stages
 import pytest
 
 from posttrain.errors import UserError
 from posttrain.hashing import adapter_base, hash_dataset, hash_path
 from posttrain.inputs import check_same_tokenizer, download, fingerprint_tokenizer, resolve
+from posttrain.planning import Plan, plan_stage
 from posttrain.rundir import SCHEMA_VERSION, describe_outputs
 
 
@@ -179,6 +181,23 @@ def test_mismatch_names_both_inputs_and_what_differs(tiny_model_dir: Path, tmp_p
     ) as caught:
         check_same_tokenizer(inputs)
     assert "must share both" in str(caught.value)
+
+
+def test_models_that_bring_their_tokenizer_are_left_out_of_the_comparison(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core_toy_stages.install(monkeypatch)
+    other = copy_model(tiny_model_dir, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+
+    def plan(**inputs: Any) -> Plan:
+        return plan_stage("toy", core_toy_stages.ToyConfig(text="x", **inputs), tmp_path / "run")
+
+    found = plan(models={"sft": str(tiny_model_dir)}, judges=[str(other), str(tiny_model_dir)])
+    assert set(found.fingerprints) == {"models.sft", "judges.0", "judges.1"}
+    assert found.fingerprints["judges.0"] != found.fingerprints["judges.1"]
+    with pytest.raises(UserError, match=r"models.sft \(.*\) and models.dpo \(.*\) differ in chat template"):
+        plan(models={"sft": str(tiny_model_dir), "dpo": str(other)}, judges=[str(other)])
 
 
 def test_model_without_tokenizer_is_refused_and_adapters_use_their_base(
