@@ -25,6 +25,7 @@ __all__ = [
     "load_chat_tokenizer",
     "load_reward_model",
     "load_tokenizer",
+    "read_calibration",
     "score_ids",
 ]
 
@@ -110,10 +111,14 @@ def load_reward_model(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     model = _from_pretrained(AutoModelForSequenceClassification, source, dtype=torch.float32, num_labels=1)
     if is_adapter(path):
         model = _merged(model, path, "SEQ_CLS")
-    calibration = {"bias": 0.0}
-    if (path / _CALIBRATION).is_file():
-        calibration = json.loads((path / _CALIBRATION).read_text(encoding="utf-8"))
-    return model.eval(), calibration
+    return model.eval(), read_calibration(path)
+
+
+def read_calibration(path: Path) -> dict[str, Any]:
+    """The calibration {"bias": ...} of the reward model in `path`; a bias of 0 where there is none."""
+    if not (path / _CALIBRATION).is_file():
+        return {"bias": 0.0}
+    return json.loads((path / _CALIBRATION).read_text(encoding="utf-8"))
 
 
 def score_ids(

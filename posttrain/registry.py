@@ -71,6 +71,8 @@ STAGES: dict[str, StageSpec] = {
             "train.ppo.config:PpoStageConfig",
             "train.ppo.stage:run",
             "Optimise a reward model with PPO.",
+            check="train.ppo.config:check",
+            version=2,
         ),
         _spec(
             "eval",

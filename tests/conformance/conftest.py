@@ -11,7 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(params=[None, {"r": 4, "lora_alpha": 8}], ids=["full", "lora"])
-def peft(request: pytest.FixtureRequest) -> dict[str, Any] | None:
-    """The policy trained in full, and as a LoRA adapter."""
-    return request.param
+@pytest.fixture(params=["full", "lora", "shared", "head"])
+def layout(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Settings of `ppo_config` for every layout of the networks."""
+    from ppo_tiny import LAYOUTS
+
+    return LAYOUTS[request.param]

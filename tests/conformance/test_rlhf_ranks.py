@@ -28,8 +28,8 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     ranks = torch.load(output, weights_only=True)
-    for name, peft in two_ranks.CASES.items():
-        alone, together = two_ranks.run_case(peft), ranks[name]
+    for name, layout in two_ranks.LAYOUTS.items():
+        alone, together = two_ranks.run_case(layout), ranks[name]
         assert (alone["processes"], together["processes"]) == (1, 2)
         for one, two in zip(alone["rows"], together["rows"], strict=True):
             assert two == pytest.approx(one, abs=1e-5, rel=1e-4)

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from ppo_tiny import ppo_config, ppo_trainer, weights, without_timings
+from torch import nn
 
 from train.ppo.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from train.ppo.trainer import PpoTrainer
 
 SETTINGS = {
     "num_mini_batches": 2,
@@ -23,15 +25,19 @@ SETTINGS = {
 }
 
 
+def trained(trainer: PpoTrainer) -> dict[str, nn.Parameter]:
+    return trainer.updater.trained["policy"] | trainer.updater.trained["value"]
+
+
 @pytest.mark.parametrize("stop", [1, 3])
-def test_resumed_equals_uninterrupted(tmp_path: Path, peft: dict[str, Any] | None, stop: int) -> None:
-    config = ppo_config(peft=peft, **SETTINGS)
+def test_resumed_equals_uninterrupted(tmp_path: Path, layout: dict[str, Any], stop: int) -> None:
+    config = ppo_config(**layout, **SETTINGS)
     whole = ppo_trainer(config)
     expected = [without_timings(whole.run_update()) for _ in range(6)]
 
     first = ppo_trainer(config)
     rows = [without_timings(first.run_update()) for _ in range(stop)]
-    save_checkpoint(tmp_path, stop, first.networks.trainable(), first.state_dict(), first.accelerator, keep=2)
+    save_checkpoint(tmp_path, stop, trained(first), first.state_dict(), first.accelerator, keep=2)
     first.run_update()  # lost work: it must leave no trace
     (tmp_path / "step-5").mkdir()
     (tmp_path / "step-5" / "weights.pt").write_bytes(b"cut short")
@@ -41,7 +47,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, peft: dict[str, Any] | Non
     second = ppo_trainer(config)
     checkpoint = complete_checkpoints(tmp_path)[-1]
     assert checkpoint.step == stop
-    second.load_state_dict(load_checkpoint(checkpoint, second.networks.trainable(), second.accelerator))
+    second.load_state_dict(load_checkpoint(checkpoint, trained(second), second.accelerator))
     rows += [without_timings(second.run_update()) for _ in range(6 - stop)]
 
     assert rows == expected

@@ -210,13 +210,14 @@ def test_models_are_loaded_and_built_by_whether_they_share_the_tokenizer(
     directories: dict[str, Path], tiny_tokenizer: Any
 ) -> None:
     config = RewardsConfig(ensemble={"models": ["other"], "combine": "mean"})
-    models = load_reward_models(config, directories.__getitem__, directories["model"])
+    fields = ["reward", "rewards.ensemble.models.0"]
+    models = load_reward_models(fields, directories.__getitem__, directories["model"])
     assert [(m.field, m.calibration["bias"], m.tokenizer is None) for m in models] == [
         ("reward", 0.25, True),
         ("rewards.ensemble.models.0", 0.0, False),
     ]
     rows = Dataset.from_list([{"prompt": PROMPT}])
-    rewards = build_rewards(config, models, tiny_tokenizer, rows, max_tokens=64, device="cpu")
+    rewards = build_rewards(config, [], models, tiny_tokenizer, rows, max_tokens=64, device="cpu")
     batch = batch_of(tiny_tokenizer, ["Hello Maria", "No."], [True, False])
     result = rewards(batch)
     own = score_sequences(models[0], [[4, *response] for response in batch.responses], 64)
@@ -237,6 +238,6 @@ def test_a_model_with_the_policys_vocabulary_but_another_template_is_rendered_an
     directories: dict[str, Path],
 ) -> None:
     (directories["reward"] / "chat_template.jinja").write_text(FOREIGN_TEMPLATE)
-    [loaded] = load_reward_models(RewardsConfig(), directories.__getitem__, directories["model"])
+    [loaded] = load_reward_models(["reward"], directories.__getitem__, directories["model"])
     assert loaded.tokenizer is not None
     assert loaded.tokenizer.chat_template == FOREIGN_TEMPLATE

@@ -6,10 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from ppo_tiny import EOS, LORA, PAD, causal_lm, ppo_config, ppo_trainer, prompts, randomise_adapter
+from ppo_tiny import (
+    EOS,
+    LAYOUTS,
+    PAD,
+    causal_lm,
+    experience_of,
+    ppo_config,
+    ppo_trainer,
+    prompts,
+    randomise_adapter,
+)
 
-from train.ppo.models import TokenBatch, response_logprobs
-from train.ppo.rollout import HfSampler, draw, episode_uniforms
+from train.ppo.batches import TokenBatch
+from train.ppo.engines.hf import HfSampler, draw
+from train.ppo.rollout import episode_uniforms
 
 
 def sample_slowly(model: Any, prompt: list[int], uniforms: torch.Tensor, temperature: float) -> list[int]:
@@ -60,38 +71,40 @@ def test_generation_config_cannot_leak_in() -> None:
     assert HfSampler(EOS, PAD)(model, texts, uniforms) == expected
 
 
-def test_rollouts_use_the_adapter() -> None:
+@pytest.mark.parametrize("name", ["lora", "shared", "head"])
+def test_rollouts_use_the_adapter(name: str) -> None:
     """With the same random numbers, an adapter that does something gives other samples, whose recorded
     log-probabilities are those of the policy with its adapter and not those of the base model."""
-    config = ppo_config(peft=LORA)
+    config = ppo_config(**LAYOUTS[name])
     plain, adapted = ppo_trainer(config), ppo_trainer(config)
     randomise_adapter(adapted)
     before, after = plain.generate(), adapted.generate()
     assert before.prompts == after.prompts
     assert before.responses != after.responses
     batch = TokenBatch.build(after.prompts, after.responses, PAD, "cpu")
-    mask = batch.response_mask_BR
     recorded = torch.tensor([value for row in after.sampled_logprobs for value in row])
     with torch.no_grad():
-        policy, _ = response_logprobs(adapted.networks.policy, batch, 1.0)
-        base, _ = response_logprobs(adapted.reference, batch, 1.0)
-    torch.testing.assert_close(recorded, policy[mask], rtol=0, atol=1e-5)
-    assert (recorded - base[mask]).abs().mean() > 0.1
+        policy = adapted.networks.policy(batch, 1.0).logprobs
+        base = adapted.networks.reference(batch, 1.0)
+    torch.testing.assert_close(recorded, policy, rtol=0, atol=1e-5)
+    assert (recorded - base).abs().mean() > 0.1
 
 
-def test_rollouts_follow_the_updates(peft: dict[str, Any] | None) -> None:
+def test_rollouts_follow_the_updates(layout: dict[str, Any]) -> None:
     """The gap between the log-probabilities of sampling and of training stays at rounding while weights
     move.
     """
-    trainer = ppo_trainer(ppo_config(peft=peft, learning_rate=1e-2))
+    trainer = ppo_trainer(ppo_config(learning_rate=1e-2, **layout))
     for _ in range(4):
         metrics = trainer.run_update()
         assert metrics["rollout_gap"] < 1e-5
     assert metrics["kl_k3"] > 0.01
 
 
-def test_at_learning_rate_zero_nothing_drifts(peft: dict[str, Any] | None) -> None:
-    trainer = ppo_trainer(ppo_config(peft=peft, learning_rate=0.0, value_learning_rate=1e-3))
+def test_at_learning_rate_zero_nothing_drifts(layout: dict[str, Any]) -> None:
+    trainer = ppo_trainer(
+        ppo_config(learning_rate=0.0, value_learning_rate=0.0 if "value" in layout else 1e-3, **layout)
+    )
     for _ in range(3):
         metrics = trainer.run_update()
         assert metrics["rollout_gap"] < 1e-5
@@ -101,7 +114,7 @@ def test_at_learning_rate_zero_nothing_drifts(peft: dict[str, Any] | None) -> No
 
 def test_missing_end_tokens_are_counted_and_scored() -> None:
     trainer = ppo_trainer(ppo_config(missing_eos={"mode": "replace", "value": -7.0}))
-    experience, _ = trainer.collect(trainer.generate())
+    experience = experience_of(trainer)
     finished = torch.tensor([response[-1] == EOS for response in experience.rollout.responses])
     assert 0 < finished.sum() < len(finished)
     assert finished.tolist() == experience.rollout.finished

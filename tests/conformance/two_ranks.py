@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ppo_tiny import LORA, ppo_config, ppo_trainer, weights, without_timings
+from ppo_tiny import LAYOUTS, ppo_config, ppo_trainer, weights, without_timings
 
-CASES = {"full": None, "lora": LORA}
 UPDATES = 3
 
 
-def run_case(peft: dict[str, Any] | None) -> dict[str, Any]:
+def run_case(layout: dict[str, Any]) -> dict[str, Any]:
     """Metrics rows and final weights of a short run with every statistic that crosses processes."""
     config = ppo_config(
-        peft=peft,
+        **layout,
         batch_size=16,
         micro_batch_size=3,
         num_mini_batches=2,
@@ -33,7 +32,7 @@ def run_case(peft: dict[str, Any] | None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    results = {name: run_case(peft) for name, peft in CASES.items()}
+    results = {name: run_case(layout) for name, layout in LAYOUTS.items()}
     if torch.distributed.get_rank() == 0:
         torch.save(results, Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from ppo_rewards import later_is_worse
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
-from posttrain.errors import DataError, UserError
+from posttrain.errors import DataError, PosttrainError, UserError
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.stage import execute_stage
 from train.ppo.config import PpoStageConfig
@@ -48,10 +51,43 @@ def settings(tiny_model_dir: Path, tiny_reward_dir: Path, prompt_data: Path) -> 
     return make
 
 
+@pytest.fixture(scope="session")
+def adapter_reward_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A reward model that is a LoRA adapter with a score head on the policy's base."""
+    torch.manual_seed(3)
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    settings = LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules="all-linear",
+        modules_to_save=["score"],
+        init_lora_weights=False,
+        **LORA,
+    )
+    adapted = get_peft_model(base, settings)
+    directory = tmp_path_factory.mktemp("adapters") / "reward"
+    adapted.save_pretrained(directory)
+    load_tokenizer(tiny_model_dir).save_pretrained(directory)
+    (directory / "reward_calibration.json").write_text('{"bias": 0.25, "n": 8}')
+    return directory
+
+
 def rows_without_times(run_dir: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timed = ("time", "seconds", "tokens_per_second")
+    timed = ("time", "seconds", "tokens_per_second", "mfu")
     return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
+
+
+def run_child(program: str, config: PpoStageConfig, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    """`program` in a process of its own, with the configuration as JSON and the run directory as
+    arguments."""
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-c", program, config.model_dump_json(), str(run_dir)],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_lora_run_writes_an_adapter_on_the_sft_model(
@@ -93,6 +129,176 @@ def test_lora_run_writes_an_adapter_on_the_sft_model(
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-2", "step-4"]
 
 
+def test_shared_layout_gives_the_rewards_of_the_merged_reward_model(
+    tmp_path: Path, settings: Settings, adapter_reward_dir: Path
+) -> None:
+    """The first rollout is the same policy's in both layouts, so its scores must agree; the adapter is saved
+    at the top of model/.
+    """
+    rows = {}
+    for layout in ("full", "shared"):
+        config = settings(reward=str(adapter_reward_dir), layout=layout, total_episodes=8)
+        result = execute_stage("ppo", config, tmp_path / layout)
+        assert result.manifest["metrics"]["layout"] == layout
+        rows[layout] = rows_without_times(tmp_path / layout)
+    for name in ("score", "values", "kl", "entropy", "explained_variance"):
+        assert rows["shared"][0][name] == pytest.approx(rows["full"][0][name], abs=1e-4)
+    assert (tmp_path / "shared" / "model" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "shared" / "model" / "value").exists()
+    load_causal_lm(tmp_path / "shared" / "model")
+
+
+def test_auto_layout_says_why_it_does_not_share(
+    tmp_path: Path, settings: Settings, adapter_reward_dir: Path
+) -> None:
+    """The fixture's reward model is a full model; an adapter on the policy's base is shared."""
+    apart = execute_stage("ppo", settings(total_episodes=4), tmp_path / "apart")
+    assert apart.manifest["metrics"]["layout"] == "full"
+    together = execute_stage(
+        "ppo", settings(total_episodes=4, reward=str(adapter_reward_dir)), tmp_path / "together"
+    )
+    assert together.manifest["metrics"]["layout"] == "shared"
+    with pytest.raises(
+        UserError, match=r"layout: shared is not possible: the reward model .* is a full model"
+    ):
+        execute_stage("ppo", settings(layout="shared"), tmp_path / "refused")
+
+
+def test_an_unmerged_sft_adapter_is_continued_and_is_the_reference(
+    tmp_path: Path, settings: Settings, tiny_model_dir: Path, adapter_reward_dir: Path
+) -> None:
+    """KL is 0 at the start, although the policy differs from the base; the saved adapter is on the base."""
+    torch.manual_seed(4)
+    sft = get_peft_model(
+        load_causal_lm(tiny_model_dir),
+        LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **LORA),
+    )
+    sft.peft_config["default"].base_model_name_or_path = str(tiny_model_dir)
+    sft.save_pretrained(tmp_path / "sft")
+    load_tokenizer(tiny_model_dir).save_pretrained(tmp_path / "sft")
+    common = {"model": str(tmp_path / "sft"), "reward": str(adapter_reward_dir), "total_episodes": 8}
+    execute_stage("ppo", settings(**common), tmp_path / "ppo")
+    first, second = rows_without_times(tmp_path / "ppo")
+    assert first["kl"] == 0.0
+    assert second["kl"] != 0.0
+    saved = json.loads((tmp_path / "ppo" / "model" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(tiny_model_dir.resolve())
+    before, after = (
+        load_file(path / "adapter_model.safetensors")
+        for path in (tmp_path / "sft", tmp_path / "ppo" / "model")
+    )
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert max((before[name] - after[name]).abs().max() for name in before) < 0.1, "it was continued"
+    with pytest.raises(UserError, match=r"peft asks for r 8 \(the adapter has 4\)"):
+        execute_stage("ppo", settings(**common | {"peft": {"r": 8, "lora_alpha": 8}}), tmp_path / "other")
+
+
+def test_the_best_held_out_policy_is_the_one_saved(tmp_path: Path, settings: Settings) -> None:
+    """A learning rate that wrecks the policy: the first evaluation is the best, and its weights are kept."""
+    config = settings(
+        held_out={"every": 1, "num_prompts": 4},
+        keep="best",
+        total_episodes=12,
+        learning_rate=3e-3,
+        rewards={"functions": [{"function": "ppo_rewards:later_is_worse", "weight": 100.0}]},
+    )
+    later_is_worse.calls = 0
+    result = execute_stage("ppo", config, tmp_path / "ppo")
+    rows = rows_without_times(tmp_path / "ppo")
+    scores = [row["held_out_score"] for row in rows]
+    assert scores == sorted(scores, reverse=True)
+    assert result.manifest["metrics"]["kept_update"] == 1
+    kept = load_file(tmp_path / "ppo" / "model" / "adapter_model.safetensors")
+    stopped = execute_stage(
+        "ppo",
+        config.model_copy(update={"total_episodes": 4, "lr_scheduler_type": "constant"}),
+        tmp_path / "one",
+    )
+    assert stopped.status == "completed"
+    constant = execute_stage(
+        "ppo", config.model_copy(update={"lr_scheduler_type": "constant"}), tmp_path / "three"
+    )
+    assert constant.manifest["metrics"]["kept_update"] == 1
+    one, three = (
+        load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("one", "three")
+    )
+    assert all(torch.equal(one[name], three[name]) for name in one)
+    assert kept.keys() == one.keys()
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(
+    tmp_path: Path, settings: Settings
+) -> None:
+    config = settings(save_every=100)
+    execute_stage("ppo", config, tmp_path / "whole")
+    program = (
+        "import os, signal, sys, pathlib\n"
+        "from posttrain.errors import PosttrainError\n"
+        "from posttrain.stage import execute_stage\n"
+        "from train.ppo.config import PpoStageConfig\n"
+        "from train.ppo.update import PpoUpdate\n"
+        "run = PpoUpdate.run\n"
+        "def preempted(self, experience, step, kl_coef):\n"
+        "    if step == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return run(self, experience, step, kl_coef)\n"
+        "PpoUpdate.run = preempted\n"
+        "try:\n"
+        "    execute_stage('ppo', PpoStageConfig.model_validate_json(sys.argv[1]), "
+        "pathlib.Path(sys.argv[2]))\n"
+        "except PosttrainError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    sys.exit(error.exit_code)\n"
+    )
+    child = run_child(program, config, tmp_path / "stopped")
+    assert child.returncode == 75, child.stderr[-2000:]
+    assert "stopped at update 3 of 6" in child.stderr
+    assert [path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-3"]
+    assert execute_stage("ppo", config, tmp_path / "stopped").status == "completed"
+    assert rows_without_times(tmp_path / "stopped") == rows_without_times(tmp_path / "whole")
+    ours, theirs = (
+        load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("stopped", "whole")
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_nan_leaves_the_batch_it_came_with(
+    tmp_path: Path, settings: Settings, tiny_model_dir: Path
+) -> None:
+    """A reward model whose head is NaN: the run stops before the weights do, and says what to look at."""
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    torch.nn.init.constant_(model.score.weight, float("nan"))
+    model.save_pretrained(tmp_path / "reward")
+    load_tokenizer(tiny_model_dir).save_pretrained(tmp_path / "reward")
+    with pytest.raises(
+        PosttrainError, match=r"update 1: 4 of 4 entries of the reward scores are not finite"
+    ) as error:
+        execute_stage("ppo", settings(reward=str(tmp_path / "reward")), tmp_path / "ppo")
+    file = tmp_path / "ppo" / "offending_batch.pt"
+    assert str(file) in str(error.value)
+    saved = torch.load(file, weights_only=True)
+    assert saved["update"] == 1
+    assert len(saved["prompts"]) == len(saved["responses"]) == len(saved["scores"]) == 4
+
+
+def test_functions_alone_can_be_the_reward(tmp_path: Path, settings: Settings) -> None:
+    """No reward model: the value head starts at zero; a source of weight 0 is logged and not trained on."""
+    functions = [
+        {"function": "ppo_rewards:short"},
+        {"function": "ppo_rewards:later_is_worse", "weight": 0.0, "name": "gold"},
+    ]
+    config = settings(
+        reward=None, rewards={"functions": functions}, layout="full", value="head", total_episodes=8
+    )
+    execute_stage("ppo", config, tmp_path / "ppo")
+    first, _ = rows_without_times(tmp_path / "ppo")
+    assert first["values"] == 0.0
+    assert first["score"] == pytest.approx(first["reward/short"])
+    assert "reward/gold" in first
+    assert "reward/model" not in first
+
+
 def test_full_run_writes_a_model(tmp_path: Path, settings: Settings, tiny_model_dir: Path) -> None:
     run_dir = tmp_path / "ppo"
     execute_stage("ppo", settings(peft=None, total_episodes=4), run_dir)
@@ -101,11 +307,22 @@ def test_full_run_writes_a_model(tmp_path: Path, settings: Settings, tiny_model_
     assert sum(not torch.equal(before[name], after[name]) for name in before) > len(before) / 2
 
 
-@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("layout", ["full", "shared"])
 def test_killed_run_resumes_to_the_same_end(
-    tmp_path: Path, settings: Settings, peft: dict[str, Any] | None
+    tmp_path: Path, settings: Settings, layout: str, adapter_reward_dir: Path
 ) -> None:
-    config = settings(peft=peft)
+    peft = LORA if layout == "shared" else None
+    extra = {"reward": str(adapter_reward_dir)} if layout == "shared" else {}
+    # Everything that has a state: running moments, an adaptive coefficient, the best policy so far.
+    config = settings(
+        peft=peft,
+        layout=layout,
+        rewards={"normalise": "standardise"},
+        kl_controller={"type": "adaptive", "target": 0.1, "horizon": 16},
+        held_out={"every": 2, "num_prompts": 3},
+        keep="best",
+        **extra,
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     execute_stage("ppo", config, whole)
     # A child that dies by SIGKILL inside its fourth update, after a metrics row that no checkpoint covers.
@@ -113,24 +330,17 @@ def test_killed_run_resumes_to_the_same_end(
         "import os, signal, sys, pathlib\n"
         "from posttrain.stage import execute_stage\n"
         "from train.ppo.config import PpoStageConfig\n"
-        "from train.ppo.trainer import PpoTrainer\n"
-        "optimise = PpoTrainer.optimise\n"
-        "def dying(self, *args):\n"
-        "    if self.step == 3:\n"
+        "from train.ppo.update import PpoUpdate\n"
+        "run = PpoUpdate.run\n"
+        "def dying(self, experience, step, kl_coef):\n"
+        "    if step == 3:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return optimise(self, *args)\n"
-        "PpoTrainer.optimise = dying\n"
+        "    return run(self, experience, step, kl_coef)\n"
+        "PpoUpdate.run = dying\n"
         "config = PpoStageConfig.model_validate_json(sys.argv[1])\n"
         "execute_stage('ppo', config, pathlib.Path(sys.argv[2]))\n"
     )
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    child = subprocess.run(
-        [sys.executable, "-c", program, config.model_dump_json(), str(killed)],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    child = run_child(program, config, killed)
     assert child.returncode == -signal.SIGKILL, child.stderr[-2000:]
     assert [row["step"] for row in rows_without_times(killed)] == [1, 2, 3]
     assert not (killed / "model").exists()
@@ -174,11 +384,11 @@ def test_sequences_must_fit_the_models(tmp_path: Path, settings: Settings) -> No
         execute_stage("ppo", settings(max_prompt_tokens=250, max_new_tokens=20), tmp_path / "ppo")
 
 
-def test_adapter_on_an_adapter_is_refused(tmp_path: Path, settings: Settings) -> None:
+def test_an_adapter_under_a_second_one_is_refused(tmp_path: Path, settings: Settings) -> None:
     first = tmp_path / "first"
     execute_stage("ppo", settings(total_episodes=4), first)
     with pytest.raises(UserError, match="is a LoRA adapter"):
-        execute_stage("ppo", settings(model=str(first), total_episodes=4), tmp_path / "second")
+        execute_stage("ppo", settings(model=str(first), total_episodes=4, layout="full"), tmp_path / "second")
     # Full fine-tuning starts from the adapter merged in memory, and KL to it is 0 at first.
     result = execute_stage("ppo", settings(model=str(first), total_episodes=4, peft=None), tmp_path / "third")
     assert result.manifest["metrics"]["kl"] == 0.0

@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from train.ppo.losses import kl_k1, kl_k2, kl_k3, policy_loss, token_entropy, token_logprobs, value_loss
+from train.ppo.losses import (
+    importance_weights,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    policy_loss,
+    token_entropy,
+    token_logprobs,
+    value_loss,
+)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -56,6 +65,25 @@ def test_policy_loss_gradient_vanishes_where_clipped() -> None:
     policy_loss(logprobs, torch.zeros(2), torch.ones(2), cliprange=0.2).loss.sum().backward()
     # d(-A rho)/d log p = -A rho where not clipped.
     torch.testing.assert_close(logprobs.grad, torch.tensor([0.0, -1.1]))
+
+
+def test_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
+    """A = -1 and ratio 10: without it the loss is 10, with it 3; a positive advantage is not touched."""
+    logprobs = torch.tensor([10.0, 10.0]).log().requires_grad_()
+    old, advantages = torch.zeros(2), torch.tensor([-1.0, 1.0])
+    assert policy_loss(logprobs, old, advantages, 0.2).loss.tolist() == pytest.approx([10.0, -1.2])
+    bounded = policy_loss(logprobs, old, advantages, 0.2, dual_clip=3.0)
+    assert bounded.loss.tolist() == pytest.approx([3.0, -1.2])
+    assert bounded.clipped.tolist() == [True, True]
+    bounded.loss.sum().backward()
+    assert logprobs.grad is not None and logprobs.grad.tolist() == [0.0, 0.0]
+
+
+def test_importance_weights_are_cut_and_carry_no_gradient() -> None:
+    logprobs = torch.tensor([0.0, -1.0, 1.0], requires_grad=True)
+    weights = importance_weights(logprobs, torch.tensor([0.0, 0.0, -1.0]), limit=2.0)
+    assert weights.tolist() == pytest.approx([1.0, 0.36788, 2.0], abs=1e-5)
+    assert not weights.requires_grad
 
 
 def test_value_loss_by_hand() -> None:

@@ -24,7 +24,6 @@ from train.ppo.reward_sources import (
     RepetitionPenaltySource,
     RewardBatch,
     excess_tokens,
-    length_batches,
     repeated_share,
     without,
 )
@@ -137,13 +136,6 @@ def test_repetition_penalty_is_minus_the_share_and_carries_its_weight() -> None:
     source = RepetitionPenaltySource(RepetitionPenalty(ngram=1, weight=3.0))
     assert source(responses_only([1, 1, 1, 2], [1, 2])).tolist() == [-0.5, 0.0]
     assert source.weight == 3.0
-
-
-def test_length_batches_hold_each_row_once_within_the_limit() -> None:
-    lengths = [5, 1, 9, 2, 4, 30, 2]
-    batches = length_batches(lengths, 12)
-    assert batches == [[1, 3, 6], [4, 0], [2], [5]]
-    assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
 
 
 def test_spelled_out_special_tokens_are_taken_out_however_they_are_nested() -> None:
@@ -307,7 +299,7 @@ def test_no_opinion_counts_nothing_and_is_counted(
         length_penalty={"per_token": 1.0},
         repetition_penalty={"ngram": 1, "weight": 4.0},
     )
-    rewards = build_rewards(config, [], tiny_tokenizer, ROWS, max_tokens=64, device="cpu")
+    rewards = build_rewards(config, [], [], tiny_tokenizer, ROWS, max_tokens=64, device="cpu")
     result = rewards(batch)
     lengths = [float(len(response)) for response in batch.responses]
     shares = [repeated_share(response, 1) for response in batch.responses]

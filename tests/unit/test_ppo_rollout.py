@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.ppo.experience import Rollout, batch_share, split_rollout
-from train.ppo.models import TokenBatch, position_ids
-from train.ppo.rollout import draw, episode_prompts, episode_uniforms, truncate_at_eos
+from train.ppo.engines.hf import draw
+from train.ppo.experience import batch_share
+from train.ppo.rollout import episode_prompts, episode_uniforms, truncate_at_eos
 
 EOS = 1
 
@@ -64,15 +64,6 @@ def test_draw_uses_the_temperature() -> None:
         assert tokens.float().mean().item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_prompts_are_padded_left_and_responses_right() -> None:
-    batch = TokenBatch.build([[5, 6, 7], [8]], [[9, 1], [4, 3, 1]], pad_id=0, device="cpu")
-    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 9, 1, 0], [0, 0, 8, 4, 3, 1]]
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1]]
-    assert batch.response_mask_BR.tolist() == [[True, True, False], [True, True, True]]
-    assert batch.response_ids_BR.tolist() == [[9, 1, 0], [4, 3, 1]]
-    assert position_ids(batch.attention_mask_BT).tolist() == [[0, 1, 2, 3, 4, 4], [0, 0, 0, 1, 2, 3]]
-
-
 @pytest.mark.parametrize(("mini_batches", "processes"), [(1, 1), (2, 1), (1, 3), (2, 3)])
 def test_processes_share_every_mini_batch(mini_batches: int, processes: int) -> None:
     shares = [batch_share(12, mini_batches, processes, rank) for rank in range(processes)]
@@ -81,12 +72,3 @@ def test_processes_share_every_mini_batch(mini_batches: int, processes: int) -> 
     for m in range(mini_batches):
         together = {offset for share in shares for offset in share[m * part : (m + 1) * part]}
         assert together == set(range(m * width, (m + 1) * width))
-
-
-def test_micro_batches_are_sorted_by_length_and_cover_every_row() -> None:
-    lengths = [5, 1, 4, 2, 3, 6]
-    rollout = Rollout([[7]] * 6, [[9] * n for n in lengths], [False] * 6, [[0.0] * n for n in lengths])
-    mini_batches = split_rollout(rollout, 2, 2, 0, torch.device("cpu"))
-    rows = [[micro.rows.tolist() for micro in mini] for mini in mini_batches]
-    assert rows == [[[1, 2], [0]], [[3, 4], [5]]]
-    assert mini_batches[1][0].tokens.input_ids_BT.shape == (2, 1 + 3)

@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from posttrain.errors import PosttrainError
+from posttrain.errors import UserError
 from posttrain.rundir import fsync_path
 
 MARKER = "COMPLETE"
@@ -54,7 +54,7 @@ def save_checkpoint(
     accelerator.wait_for_everyone()
     _write(staging / f"random-{accelerator.process_index}.pt", _random_state())
     if accelerator.is_main_process:
-        _write(staging / WEIGHTS, {name: p.detach().cpu() for name, p in parameters.items()})
+        _write(staging / WEIGHTS, _on_cpu(parameters))
         _write(staging / STATE, state)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -89,28 +89,45 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Copy the weights into `parameters`, restore this process's random state, return the trainer state.
 
-    Raises PosttrainError when the checkpoint was written by another number of processes or for other
-    parameters.
+    Raises UserError when the checkpoint was written by another number of processes or for other parameters.
     """
     processes = json.loads((checkpoint.path / MARKER).read_text(encoding="utf-8"))["processes"]
     if processes != accelerator.num_processes:
-        raise PosttrainError(
+        raise UserError(
             f"{checkpoint.path} was written by {processes} processes and this run has "
             f"{accelerator.num_processes}: start it with the same number, or delete the "
             "checkpoints folder to begin again"
         )
-    weights: dict[str, Tensor] = _read(checkpoint.path / WEIGHTS)
+    read_weights(checkpoint.path / WEIGHTS, parameters)
+    _restore_random_state(_read(checkpoint.path / f"random-{accelerator.process_index}.pt"))
+    return _read(checkpoint.path / STATE)
+
+
+def write_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Write the weights beside `file` and rename: there is never half a file of this name."""
+    partial = file.with_suffix(".partial")
+    _write(partial, _on_cpu(parameters))
+    partial.replace(file)
+    fsync_path(file.parent)
+
+
+def read_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
+    """Copy the weights in `file` into `parameters`. Raises UserError when their names differ."""
+    weights: dict[str, Tensor] = _read(file)
     if weights.keys() != parameters.keys():
         odd = sorted(weights.keys() ^ parameters.keys())
-        raise PosttrainError(
-            f"{checkpoint.path} does not fit this model: {len(odd)} parameters are in one and not in the "
-            f"other, the first is {odd[0]}. Delete the checkpoints folder to begin again."
+        raise UserError(
+            f"{file} does not fit this model: {len(odd)} parameters are in one and not in the other, the "
+            f"first "
+            f"is {odd[0]}. Delete the checkpoints folder to begin again."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
-    _restore_random_state(_read(checkpoint.path / f"random-{accelerator.process_index}.pt"))
-    return _read(checkpoint.path / STATE)
+
+
+def _on_cpu(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {name: parameter.detach().cpu() for name, parameter in parameters.items()}
 
 
 def _is_complete(path: Path) -> bool:

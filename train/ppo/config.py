@@ -9,8 +9,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from posttrain.config import DatasetRef, ModelRef, StageConfig, StrictModel
+from posttrain.config import DatasetRef, ForeignModelRef, ModelRef, StageConfig, StrictModel
+from posttrain.errors import Problem
 from train.config import PeftSettings
+from train.ppo.engines.config import RolloutConfig
+from train.ppo.reward_config import RewardsConfig, check_functions
 
 
 class KlController(StrictModel):
@@ -69,23 +72,70 @@ class MissingEos(StrictModel):
         return self
 
 
+class HeldOut(StrictModel):
+    """Evaluation on prompts of the eval split, with the same random numbers every time."""
+
+    every: int = Field(
+        5, ge=1, description="Rollouts between evaluations; the last rollout is followed by one."
+    )
+    num_prompts: int = Field(64, ge=1, description="Prompts, the first of the eval split.")
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        description="Highest KL to the reference, in nats per response, of a policy that `keep: best` may "
+        "choose; null: kl_controller.target, and without that any.",
+    )
+
+
 class PpoStageConfig(StageConfig):
     """Optimise a policy against a reward model with PPO and a KL penalty to the SFT model."""
 
     model: ModelRef = Field(description="SFT model: the initial policy and, frozen, the reference.")
-    reward: ModelRef = Field(description="Reward model (SEQ_CLS); it also initialises the value network.")
+    reward: ForeignModelRef | None = Field(
+        None,
+        description="Reward model (SEQ_CLS); it also initialises the value network. null: only what "
+        "`rewards` "
+        "names, and a value head that starts at zero.",
+    )
     data: DatasetRef = Field(
-        description="Prompts: a dataset directory of kind prompt; its train split is used."
+        description="Prompts: a dataset directory of kind prompt; its train split is used, and its eval "
+        "split "
+        "for `held_out`."
+    )
+    rewards: RewardsConfig = Field(
+        RewardsConfig(), description="What is rewarded besides `reward`, and how the scores are combined."
+    )
+    rollout: RolloutConfig = Field(RolloutConfig(), description="The engine that generates responses.")
+    layout: Literal["auto", "full", "shared"] = Field(
+        "auto",
+        description="`shared`: one frozen base in memory, with adapters for policy, value network and reward "
+        "model (needs `peft` and a reward model that is a LoRA adapter on the same base). `full`: networks "
+        "of "
+        "their own. `auto`: shared where possible.",
+    )
+    value: Literal["model", "head"] = Field(
+        "model",
+        description="`model`: a value network beside the policy, started from the reward model. `head`: a "
+        "value "
+        "head on the policy's own hidden states: one forward and backward pass instead of two, but it starts "
+        "from zero and its gradient reaches the policy.",
     )
 
     total_episodes: int = Field(1024, ge=1, description="Responses sampled in the whole run.")
     batch_size: int = Field(64, ge=1, description="Responses per rollout, over all processes.")
     num_ppo_epochs: int = Field(4, ge=1, description="Passes over each rollout (K).")
     num_mini_batches: int = Field(1, ge=1, description="Optimizer steps per pass; must divide batch_size.")
-    micro_batch_size: int = Field(
-        16,
+    micro_batch_tokens: int = Field(
+        8192,
         ge=1,
-        description="Responses per forward pass on one process; memory only, it does not change the loss.",
+        description="Tokens per forward pass on one process, padding included; responses of similar length "
+        "go "
+        "together. Memory only: it does not change the loss. Lower it when memory runs out.",
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="At most so many responses per forward pass; null: micro_batch_tokens decides.",
     )
     max_prompt_tokens: int = Field(512, ge=1, description="Longer prompts are dropped, and counted.")
     max_new_tokens: int = Field(64, ge=1, description="Longest response in tokens, its end token included.")
@@ -112,6 +162,40 @@ class PpoStageConfig(StageConfig):
     gamma: float = Field(1.0, ge=0, le=1, description="Discount per token.")
     lam: float = Field(0.95, ge=0, le=1, description="Lambda of generalised advantage estimation.")
     cliprange: float = Field(0.2, gt=0, description="Clipping of the probability ratio.")
+    dual_clip: float | None = Field(
+        None,
+        gt=1,
+        description="Where the advantage is negative, the ratio counts as at most this (Ye et al. 2020 use "
+        "3); "
+        "null: unbounded.",
+    )
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="Stop the passes over a rollout when the KL from the policy that wrote it, in nats per "
+        "token, "
+        "exceeds this; null: all num_ppo_epochs are taken.",
+    )
+    entropy_coef: float = Field(
+        0.0, ge=0, description="Weight of an entropy bonus, per token, in the policy's loss."
+    )
+    loss_aggregation: Literal["token", "sequence"] = Field(
+        "token",
+        description="`token`: every response token of a mini-batch weighs the same; `sequence`: every "
+        "response.",
+    )
+    truncated: Literal["keep", "mask_last", "mask"] = Field(
+        "keep",
+        description="Responses that reached max_new_tokens: `keep` trains on them, `mask_last` leaves the "
+        "token "
+        "they were cut at out of the losses, `mask` the whole response.",
+    )
+    truncated_importance_sampling: float | None = Field(
+        None,
+        gt=0,
+        description="Weigh each token's policy loss by min(p_trainer / p_engine, this): for a rollout engine "
+        "whose probabilities differ from the trainer's (`rollout_gap`). null: off.",
+    )
     cliprange_value: float = Field(0.2, gt=0, description="Clipping of the value around its rollout value.")
     vf_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
     whiten_rewards: bool = Field(
@@ -124,11 +208,35 @@ class PpoStageConfig(StageConfig):
     kl_coef: float = Field(
         0.05, ge=0, description="Weight (beta) of the per-token KL in the reward, at the start."
     )
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward",
+        description="Where the KL penalty acts: per token inside the reward (the paper), or as a term of the "
+        "policy's loss.",
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        "k1",
+        description="Estimator of the penalty (Schulman, Approximating KL): k1 inside the reward, k2 or k3 "
+        "in "
+        "the loss.",
+    )
     kl_controller: KlController = Field(KlController(), description="How kl_coef moves.")
 
     peft: PeftSettings | None = Field(
         None,
-        description="LoRA for the policy (the value network is trained in full); null trains all weights.",
+        description="LoRA for the policy, and in layout shared for the value network too; null trains all "
+        "weights.",
+    )
+    held_out: HeldOut | None = Field(
+        None, description="Scoring of the policy on prompts it is not trained on; null: none."
+    )
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="`best`: save the policy of the held-out evaluation with the highest reward among those "
+        "under `held_out.max_kl`; needs `held_out`.",
+    )
+    report_to: list[str] = Field(
+        [],
+        description="Where to send metrics besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, ...",
     )
     bf16: bool = Field(False, description="bfloat16 autocast; the master weights stay float32.")
     save_every: int = Field(10, ge=1, description="Rollouts between checkpoints.")
@@ -150,6 +258,22 @@ class PpoStageConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _k1_has_no_gradient(self) -> Self:
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator k1 in the loss pulls nowhere: the expected gradient of log p/q under p is 0. "
+                "Use "
+                "k2 or k3 with kl_in: loss, or kl_in: reward"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_needs_held_out(self) -> Self:
+        if self.keep == "best" and self.held_out is None:
+            raise ValueError("keep: best compares held-out evaluations: set held_out, for example {every: 5}")
+        return self
+
+    @model_validator(mode="after")
     def _dropout_is_off(self) -> Self:
         if self.peft is not None and self.peft.lora_dropout:
             raise ValueError(
@@ -157,3 +281,8 @@ class PpoStageConfig(StageConfig):
                 "of the first update differ from 1, so leave it 0"
             )
         return self
+
+
+def check(config: PpoStageConfig, where: str) -> list[Problem]:
+    """Mistakes that pydantic cannot see: reward functions and trackers that are not there."""
+    return check_functions(config.rewards, f"{where}.rewards")

@@ -19,12 +19,11 @@ def token_logprobs(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float) ->
     return scaled_BRV.gather(-1, tokens_BR.unsqueeze(-1)).squeeze(-1) - normaliser_BR, normaliser_BR
 
 
-@torch.no_grad()
 def token_entropy(logits_BRV: Tensor, normaliser_BR: Tensor, temperature: float) -> Tensor:
-    """Entropy of each position's distribution at `temperature`, in nats, [B, R], without gradient."""
+    """Entropy of each position's distribution at `temperature`, in nats, [B, R]."""
     scaled_BRV = _scale(logits_BRV, temperature)
     probabilities_BRV = torch.exp(scaled_BRV - normaliser_BR.unsqueeze(-1))
-    return normaliser_BR - torch.einsum("brv,brv->br", probabilities_BRV, scaled_BRV)
+    return normaliser_BR - torch.linalg.vecdot(probabilities_BRV, scaled_BRV)
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:
@@ -48,21 +47,46 @@ def kl_k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 
 class PolicyLoss(NamedTuple):
-    """Per token, [B, R] each: the loss, the ratio pi/pi_old, and if the clipped branch was the larger."""
+    """Per token: the loss, the ratio pi/pi_old, and if a clipped branch was the one taken."""
 
     loss: Tensor
     ratio: Tensor
     clipped: Tensor
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float) -> PolicyLoss:
-    """max(-A rho, -A clip(rho, 1 - c, 1 + c)): the clipped surrogate (Schulman et al. 2017, eq. 7),
-    negated.
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    cliprange: float,
+    dual_clip: float | None = None,
+) -> PolicyLoss:
+    """max(-A rho, -A clip(rho, 1 - c, 1 + c)): the clipped surrogate (Schulman et al. 2017, eq. 7), negated.
+
+    dual_clip d: where A < 0 the loss is at most -A d, so that a ratio that ran away on a bad token cannot
+    dominate the batch (Ye et al. 2020, Mastering Complex Control in MOBA Games, eq. 5; d > 1).
     """
     ratio = torch.exp(logprobs - old_logprobs)
     plain = -advantages * ratio
     bounded = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    return PolicyLoss(torch.maximum(plain, bounded), ratio.detach(), (bounded > plain).detach())
+    loss, clipped = torch.maximum(plain, bounded), bounded > plain
+    if dual_clip is not None:
+        ceiling = -advantages * dual_clip
+        beyond = (advantages < 0) & (loss > ceiling)
+        loss, clipped = torch.where(beyond, ceiling, loss), clipped | beyond
+    return PolicyLoss(loss, ratio.detach(), clipped.detach())
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def importance_weights(logprobs: Tensor, sampled_logprobs: Tensor, limit: float) -> Tensor:
+    """min(pi_trainer / pi_engine, limit) per token, without gradient: truncated importance sampling.
+
+    Corrects the policy gradient for an engine that sampled from slightly other probabilities than the
+    trainer's (Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training).
+    """
+    return torch.exp(logprobs - sampled_logprobs).clamp(max=limit).detach()
 
 
 class ValueLoss(NamedTuple):

@@ -180,6 +180,7 @@ class Rewards:
 
 def build_rewards(
     config: RewardsConfig,
+    own: Sequence[RewardSource],
     models: Sequence[LoadedRewardModel],
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
@@ -190,7 +191,8 @@ def build_rewards(
 ) -> Rewards:
     """The rewards that `config` asks for; the models are moved to `device`.
 
-    models: of `load_reward_models`. tokenizer: the policy's. rows: the prompts that were kept, in the order
+    own: the reward model among the run's networks, if there is one. models: of `load_reward_models`.
+    tokenizer: the policy's. rows: the prompts that were kept, in the order
     of RewardBatch.indices. max_tokens: padded tokens in one forward of a reward model. Raises UserError for
     a function that cannot be used and a chat template that does not fit the prompts.
     """
@@ -201,7 +203,7 @@ def build_rewards(
         sources.append(LengthPenaltySource(config.length_penalty))
     if config.repetition_penalty is not None:
         sources.append(RepetitionPenaltySource(config.repetition_penalty))
-    scorers: list[RewardSource] = []
+    scorers: list[RewardSource] = list(own)
     for loaded in models:
         name = f"model.{loaded.field.removeprefix('rewards.').replace('.models.', '.')}"
         module: nn.Module = loaded.model

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer
 from posttrain.models import load_chat_tokenizer, load_reward_model, score_ids
-from train.ppo.reward_config import LengthPenalty, RepetitionPenalty, RewardsConfig
+from train.ppo.batches import TokenBatch, length_buckets
+from train.ppo.networks import Networks
+from train.ppo.reward_config import LengthPenalty, RepetitionPenalty
 
 Messages = list[dict[str, str]]
 _END = "\ue000end of the response\ue000"
@@ -61,23 +63,47 @@ class LoadedRewardModel:
 
 
 def load_reward_models(
-    config: RewardsConfig, path: Callable[[str], Path], policy_dir: Path
+    fields: Sequence[str], path: Callable[[str], Path], policy_dir: Path
 ) -> list[LoadedRewardModel]:
-    """The model in `reward`, then those of the ensemble, on the CPU.
+    """The reward models that these fields of the stage name (`reward`, `rewards.ensemble.models.0`), on the
+    CPU.
 
     path: the directory of an input by its field (`StageContext.path`). Raises UserError when one of them is
     not a reward model or has no tokenizer or chat template.
     """
     policy = fingerprint_tokenizer(policy_dir)
-    members = config.ensemble.models if config.ensemble is not None else []
     loaded = []
-    for field in ("reward", *(f"rewards.ensemble.models.{index}" for index in range(len(members)))):
+    for field in fields:
         directory = path(field).resolve()
         model, calibration = load_reward_model(directory)
         same = fingerprint_tokenizer(directory) == policy
         tokenizer = None if same else load_chat_tokenizer(directory)
         loaded.append(LoadedRewardModel(field, model.requires_grad_(False), calibration, tokenizer))
     return loaded
+
+
+class NetworkReward:
+    """The reward model among the networks of the run, on the very ids the policy produced."""
+
+    name, weight = "model.reward", 1.0
+
+    def __init__(self, networks: Networks, max_tokens: int, pad_id: int) -> None:
+        self.networks, self.max_tokens, self.pad_id = networks, max_tokens, pad_id
+
+    def __call__(self, batch: RewardBatch) -> Tensor:
+        device = self.networks.value_head.bias.device
+        lengths = [len(p) + len(r) for p, r in zip(batch.prompts, batch.responses, strict=True)]
+        scores_B = torch.empty(len(lengths), device=device)
+        for rows in length_buckets(lengths, range(len(lengths)), self.max_tokens):
+            tokens = TokenBatch.build(
+                [batch.prompts[row] for row in rows],
+                [batch.responses[row] for row in rows],
+                self.pad_id,
+                device,
+            )
+            scores = self.networks.reward(tokens.input_ids_BT, tokens.attention_mask_BT)
+            scores_B[torch.tensor(rows, device=device)] = scores.float()
+        return scores_B
 
 
 class ModelReward:
@@ -179,17 +205,6 @@ def without(text: str, special: Sequence[str]) -> str:
     return text
 
 
-def length_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Row numbers in batches of like length, padded to `max_tokens` tokens at most; a longer row is alone."""
-    batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: (lengths[row], row)):
-        if batches and (len(batches[-1]) + 1) * lengths[row] <= max_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-    return batches
-
-
 @torch.no_grad()
 def score_sequences(loaded: LoadedRewardModel, sequences: Sequence[list[int]], max_tokens: int) -> Tensor:
     """Calibrated score at the last token of each sequence, in the order given: float32, [B], on the model's
@@ -197,7 +212,8 @@ def score_sequences(loaded: LoadedRewardModel, sequences: Sequence[list[int]], m
     """
     device = loaded.model.device
     scores_B = torch.empty(len(sequences), device=device)
-    for rows in length_batches([len(sequence) for sequence in sequences], max_tokens):
+    every = [len(sequence) for sequence in sequences]
+    for rows in length_buckets(every, range(len(every)), max_tokens):
         lengths = torch.tensor([len(sequences[row]) for row in rows])
         width = int(lengths.max())
         ids_BT = torch.tensor([sequences[row] + [0] * (width - len(sequences[row])) for row in rows])

@@ -1,37 +1,11 @@
-"""Where rewards come from and how they are laid out over the tokens; the KL coefficient's controllers."""
+"""How scores are shaped and laid out over the tokens; the KL coefficient's controllers."""
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from posttrain.models import score_ids
 from train.ppo.config import KlController, MissingEos
-
-
-class RewardFunction(Protocol):
-    """A reward source: whole sequences (prompt and response ids, as sampled) to one score each."""
-
-    def __call__(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """input_ids_BT, attention_mask_BT: long. Returns float scores, [B]."""
-        ...
-
-
-class RewardModelScorer:
-    """The trained reward model on the very token ids the policy produced: no decoding, no second
-    tokenising.
-    """
-
-    def __init__(self, model: PreTrainedModel, calibration: dict[str, float]) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.calibration = calibration
-
-    @torch.no_grad()
-    def __call__(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        return score_ids(self.model, self.calibration, input_ids_BT, attention_mask_BT).float()
 
 
 def shape_scores(scores_B: Tensor, finished_B: Tensor, missing_eos: MissingEos, clip: float | None) -> Tensor:

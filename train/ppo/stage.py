@@ -4,122 +4,202 @@
 
 Follows Huang et al. 2024 (The N+ Implementation Details of RLHF with PPO, arXiv 2403.17031): separate
 policy and value networks, value started from the reward model, k1 KL per token inside the reward, whitened
-advantages, K = 4 passes, AdamW epsilon 1e-5, dropout off, missing end token scored -1. It departs from it
-where noted:
+advantages, K = 4 passes, AdamW epsilon 1e-5, dropout off, missing end token scored -1, logits divided by the
+sampling temperature, log-probabilities of the rollout recomputed by the trainer. It departs from it where
+noted:
 - the score is added at the last response token, not one position later (`rewards.token_rewards`);
 - KL can be held under a target by Ziegler's controller, with a margin (`kl_controller.setpoint`);
-- the policy may be a LoRA adapter; the reference is then the SFT model under it, and the value network is
-  still trained in full;
+- policy and value network may be LoRA adapters on one frozen base (`layout: shared`, see `networks`);
 - gradients are clipped (`max_grad_norm`), policy and value each by itself;
 - mini-batches keep their responses together over the K passes, only their order is shuffled.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from peft import PeftModel, TaskType
+from datasets import Dataset
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.dataset import read_split
 from posttrain.errors import PosttrainError, UserError
-from posttrain.models import load_causal_lm, load_reward_model, load_tokenizer
-from posttrain.rundir import atomic_write_text
+from posttrain.hashing import adapter_base, fingerprint_tokenizer
+from posttrain.models import is_adapter, load_tokenizer
 from posttrain.stage import StageContext
-from train.peft_setup import check_adapter, lora_config, quiet_libraries, refuse_adapter
-from train.ppo.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from train.peft_setup import check_adapter, quiet_libraries
+from train.ppo.batches import TokenBatch
 from train.ppo.config import PpoStageConfig
-from train.ppo.models import build_policy_and_value
-from train.ppo.rewards import RewardModelScorer
-from train.ppo.rollout import HfSampler, encode_prompts
+from train.ppo.engines.base import SamplingParams
+from train.ppo.engines.build import build_engine
+from train.ppo.held_out import HeldOutEvaluation
+from train.ppo.layouts import load_networks
+from train.ppo.loop import PpoLoop
+from train.ppo.networks import POLICY_ADAPTER, Networks
+from train.ppo.reward_config import RewardsConfig
+from train.ppo.reward_mix import Rewards, build_rewards
+from train.ppo.reward_sources import NetworkReward, RewardSource, load_reward_models
+from train.ppo.rollout import encode_prompts
 from train.ppo.trainer import PpoTrainer
 
 
 def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
-    """Train and save the policy; returns the summary metrics. Resumes from the last complete checkpoint."""
+    """Train and save the policy; returns the summary metrics. Resumes from the last complete checkpoint.
+
+    Raises UserError when models, prompts and settings do not go together, RequeueError after SIGTERM.
+    """
     quiet_libraries()
     accelerator = build_accelerator(config.bf16)
-    model_dir, reward_dir = context.path("model").resolve(), context.path("reward").resolve()
-    if config.peft is not None:
-        refuse_adapter(model_dir, config.model)
-
     with context.phase("load"):
-        tokenizer = load_tokenizer(model_dir)
-        rows = read_split(context.path("data"), "train", "prompt")
-        prompts, dropped = encode_prompts(rows["prompt"], tokenizer, config.max_prompt_tokens)
-        if dropped:
-            context.console.print(
-                f"ppo: dropped {dropped} of {len(rows)} prompts, longer than "
-                f"max_prompt_tokens={config.max_prompt_tokens}"
-            )
-        sft_model = load_causal_lm(model_dir)
-        reward_model, calibration = load_reward_model(reward_dir)
-        for name, model in (("model", sft_model), ("reward", reward_model)):
-            require_positions(name, model, config)
-        lora = lora_config(config.peft, TaskType.CAUSAL_LM)
-        networks, reference = build_policy_and_value(sft_model, reward_model, calibration, lora)
+        tokenizer = load_tokenizer(context.path("model"))
+        prompts = read_prompts(config, context, tokenizer, "train")
+        networks = build_networks(config, context, accelerator, prompts, tokenizer)
+        generation_config = networks.policy_trunk.plain.generation_config
+        engine = build_engine(
+            config.rollout,
+            SamplingParams(config.max_new_tokens, config.temperature),
+            networks.policy_model,
+            tokenizer,
+            accelerator,
+            max_prompt_tokens=config.max_prompt_tokens,
+        )
+        scorers = build_scorers(config, context, networks, tokenizer, accelerator)
+        trainer = PpoTrainer(
+            config,
+            accelerator,
+            networks,
+            scorers(config.rewards, prompts.rows),
+            engine,
+            prompts.ids,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=tokenizer.pad_token_id,
+        )
+        held_out = None
+        if config.held_out is not None:
+            unseen = read_prompts(config, context, tokenizer, "eval", config.held_out.num_prompts)
+            # Not normalised: evaluations are compared with each other, and running moments move.
+            plain = config.rewards.model_copy(update={"normalise": "none"})
+            held_out = HeldOutEvaluation(trainer, scorers(plain, unseen.rows), unseen.ids)
 
-    trainer = PpoTrainer(
-        config,
-        accelerator,
-        networks,
-        reference,
-        RewardModelScorer(reward_model.to(accelerator.device), calibration),
-        HfSampler(tokenizer.eos_token_id, tokenizer.pad_token_id, config.temperature),
-        prompts,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-    )
-    with context.phase("train"):
-        train(config, context, trainer, tokenizer)
+    loop = PpoLoop(config, context, trainer, tokenizer, held_out)
+    try:
+        with context.phase("train"):
+            loop.train()
+    finally:
+        engine.close()
 
     with context.phase("save"):
         if accelerator.is_main_process:
-            save_policy(context, networks.policy, tokenizer, model_dir, sft_model.generation_config)
+            save_policy(context, networks, tokenizer, generation_config)
         accelerator.wait_for_everyone()
     return summary(config, context.metrics()) | {
-        "prompts": len(prompts),
-        "prompts_dropped": dropped,
-        "trained_parameters": sum(p.numel() for p in networks.policy.parameters() if p.requires_grad),
+        "prompts": len(prompts.ids),
+        "prompts_dropped": prompts.dropped,
+        "layout": config.layout if config.layout != "auto" else networks.layout,
+        "trained_parameters": {
+            part: sum(p.numel() for p in parameters.values())
+            for part, parameters in trainer.updater.trained.items()
+        },
+        "kept_update": loop.best.step if config.keep == "best" and loop.best.score is not None else None,
     }
 
 
-def train(
-    config: PpoStageConfig, context: StageContext, trainer: PpoTrainer, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """All updates, from the last complete checkpoint on; metrics, samples and checkpoints as they come."""
-    accelerator, parameters = trainer.accelerator, trainer.networks.trainable()
-    checkpoints = complete_checkpoints(context.checkpoints)
-    if checkpoints:
-        trainer.load_state_dict(load_checkpoint(checkpoints[-1], parameters, accelerator))
-        context.console.print(f"ppo: resuming after update {trainer.step} of {config.num_updates}")
-    samples_file = context.run_dir / "samples.jsonl"
-    if accelerator.is_main_process:
-        context.rewind(trainer.step)
-        rewind_samples(samples_file, trainer.step)
-    with context.progress("ppo", total=config.num_updates) as bar:
-        bar.advance(trainer.step)
-        while trainer.step < config.num_updates:
-            metrics = trainer.run_update()
-            step = trainer.step
-            last = step == config.num_updates
-            if accelerator.is_main_process:
-                context.log(step, **metrics)
-                if step % config.log_samples_every == 0 or last:
-                    append_samples(samples_file, trainer, tokenizer)
-            if step % config.save_every == 0 and not last:
-                state = trainer.state_dict()
-                save_checkpoint(
-                    context.checkpoints, step, parameters, state, accelerator, config.save_total_limit
-                )
-            bar.update(text=f"score {metrics['score']:.2f}  KL {metrics['kl']:.2f}")
-            bar.advance()
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that fit: their token ids, their rows in the data set, and how many did not."""
+
+    ids: list[list[int]]
+    rows: Dataset
+    dropped: int
+
+
+def read_prompts(
+    config: PpoStageConfig,
+    context: StageContext,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Literal["train", "eval"],
+    limit: int | None = None,
+) -> Prompts:
+    """The prompts of one split, at most `limit`, without those over max_prompt_tokens."""
+    rows = read_split(context.path("data"), split, "prompt")
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    ids, kept = encode_prompts(rows["prompt"], tokenizer, config.max_prompt_tokens)
+    dropped = len(rows) - len(kept)
+    if dropped:
+        context.console.print(
+            f"ppo: dropped {dropped} of {len(rows)} {split} prompts, longer than "
+            f"max_prompt_tokens={config.max_prompt_tokens}"
+        )
+    return Prompts(ids, rows.select(kept), dropped)
+
+
+def build_networks(
+    config: PpoStageConfig,
+    context: StageContext,
+    accelerator: Accelerator,
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Networks:
+    """Policy, value network, reference and, if it reads the policy's tokens, the reward model, on the
+    device."""
+    model_dir = context.path("model").resolve()
+    reward_dir = None if config.reward is None else context.path("reward").resolve()
+    if reward_dir is not None and fingerprint_tokenizer(reward_dir) != fingerprint_tokenizer(model_dir):
+        context.console.print(
+            "ppo: the reward model has a tokenizer or template of its own: responses are rendered anew for "
+            "it, "
+            "and the value network starts from the policy"
+        )
+        reward_dir = None
+    networks, layout = load_networks(config, model_dir, reward_dir)
+    context.console.print(f"ppo: layout {layout}")
+    for name, trunk in (("model", networks.policy_trunk), ("reward", networks.reward_trunk)):
+        if trunk is not None:
+            require_positions(name, trunk.plain, config)
+    networks.to(accelerator.device)
+    first = prompts.ids[0]
+    probe = TokenBatch.build([first], [first], tokenizer.pad_token_id, accelerator.device)
+    if not networks.choose_logprob_path(probe):
+        context.console.print("ppo: this model's logits are not one matrix product; all of them are computed")
+    return networks
+
+
+def build_scorers(
+    config: PpoStageConfig,
+    context: StageContext,
+    networks: Networks,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
+) -> Callable[[RewardsConfig, Dataset], Rewards]:
+    """A function that gives the rewards of responses to the prompts of a data set."""
+    own: list[RewardSource] = []
+    if networks.reward_trunk is not None:
+        own.append(NetworkReward(networks, config.micro_batch_tokens, tokenizer.pad_token_id))
+    fields = [] if config.reward is None or own else ["reward"]
+    members = config.rewards.ensemble.models if config.rewards.ensemble is not None else []
+    fields += [f"rewards.ensemble.models.{index}" for index in range(len(members))]
+    loaded = load_reward_models(fields, context.path, context.path("model"))
+
+    def scorers(rewards: RewardsConfig, rows: Dataset) -> Rewards:
+        return build_rewards(
+            rewards,
+            own,
+            loaded,
+            tokenizer,
+            rows,
+            max_tokens=config.micro_batch_tokens,
+            device=accelerator.device,
+            reduce=lambda total: accelerator.reduce(total, "sum"),
+        )
+
+    return scorers
 
 
 def build_accelerator(bf16: bool) -> Accelerator:
@@ -153,54 +233,31 @@ def require_positions(name: str, model: PreTrainedModel, config: PpoStageConfig)
         )
 
 
-def rewind_samples(path: Path, step: int) -> None:
-    """Drop the samples of updates after `step`, which will be made again."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        # A line cut short by a kill belongs to an update after the checkpoint.
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        atomic_write_text(path, "".join(kept))
-
-
-def append_samples(path: Path, trainer: PpoTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the last rollout's first few responses, special tokens kept."""
-    with open(path, "a", encoding="utf-8") as file:
-        for sample in trainer.samples:
-            row = {
-                "step": trainer.step,
-                "prompt": tokenizer.decode(sample.prompt, skip_special_tokens=False),
-                "response": tokenizer.decode(sample.response, skip_special_tokens=False),
-                "score": sample.score,
-                "kl": sample.kl,
-                "finished": sample.finished,
-                "tokens": len(sample.response),
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def save_policy(
     context: StageContext,
-    policy: PreTrainedModel | PeftModel,
+    networks: Networks,
     tokenizer: PreTrainedTokenizerBase,
-    model_dir: Path,
     generation_config: GenerationConfig,
 ) -> None:
     """model/: full weights, or the adapter with the absolute path of the model under it; tokenizer, template.
 
     Raises PosttrainError when the adapter on disk is not what was trained.
     """
+    policy, model_dir = networks.policy_model, context.path("model").resolve()
     generation_config.eos_token_id = tokenizer.eos_token_id
     generation_config.pad_token_id = tokenizer.pad_token_id
     with context.staging("model") as directory:
         if isinstance(policy, PeftModel):
-            policy.peft_config["default"].base_model_name_or_path = str(model_dir)
-        policy.save_pretrained(str(directory))
+            settings = policy.peft_config[POLICY_ADAPTER]
+            base = adapter_base(model_dir) if is_adapter(model_dir) else model_dir
+            settings.base_model_name_or_path = str(base)
+            policy.save_pretrained(str(directory), selected_adapters=[POLICY_ADAPTER])
+            check_adapter(directory, settings.to_dict()["modules_to_save"] or [])
+        else:
+            policy.save_pretrained(str(directory))
         generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         (directory / "README.md").unlink(missing_ok=True)
-        if isinstance(policy, PeftModel):
-            whole = policy.peft_config["default"].to_dict()["modules_to_save"]
-            check_adapter(directory, whole or [])
 
 
 def summary(config: PpoStageConfig, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,271 @@
+"""The networks of a PPO run behind one interface, whatever they share: policy, value, reference and reward.
+
+Layouts (`layout` in the configuration):
+- full: policy and value network of their own weights; with LoRA the value network is still trained in full.
+- shared: one frozen base in memory. Policy, value network and reward model are adapters on it (the last two
+  with a head each), the reference is the base itself or, where SFT was not merged, a frozen copy of its
+  adapter.
+With `value: head` the value is read off the policy's own hidden states, in the same forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from train.ppo.batches import TokenBatch
+from train.ppo.logprobs import linear_logprobs, plain_head
+from train.ppo.losses import token_entropy, token_logprobs
+
+POLICY_ADAPTER = "default"
+"""peft saves the adapter of this name at the top of the model directory."""
+VALUE_ADAPTER, REWARD_ADAPTER, REFERENCE_ADAPTER = "value", "reward", "reference"
+ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A backbone with one of its adapters switched on.
+
+    adapter: its name, None for the bare base; ignored where the model carries no adapters at all.
+    """
+
+    model: PreTrainedModel | PeftModel
+    adapter: str | None = None
+
+    @property
+    def plain(self) -> PreTrainedModel:
+        """The transformers model itself; LoRA layers sit inside it."""
+        model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return cast(PreTrainedModel, model)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Switch this trunk's adapter on, and back afterwards. What is trainable does not change.
+
+        peft ties the two together (a switched-on adapter becomes trainable), so the flags are put back.
+        """
+        if not isinstance(self.model, PeftModel):
+            yield
+            return
+        layers = [module for module in self.model.modules() if isinstance(module, ADAPTER_LAYERS)]
+        before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
+        if all(state == self._wanted(layer) for state, layer in zip(before, layers, strict=True)):
+            yield
+            return
+        with _flags_kept(layers):
+            for layer in layers:
+                _switch(layer, *self._wanted(layer))
+        try:
+            yield
+        finally:
+            with _flags_kept(layers):
+                for layer, state in zip(layers, before, strict=True):
+                    _switch(layer, *state)
+
+    def _wanted(self, layer: Any) -> tuple[list[str], bool]:
+        return (layer.active_adapters, True) if self.adapter is None else ([self.adapter], False)
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """Hidden states at the positions that predict the response tokens, [N, D]."""
+        with self.active():
+            hidden_BTD = self.plain.base_model(
+                input_ids=batch.input_ids_BT, use_cache=False
+            ).last_hidden_state
+        return hidden_BTD.flatten(0, 1).index_select(0, batch.predict_N)
+
+    def last_hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """Hidden states at the last real token of right-padded rows, [B, D]."""
+        with self.active():
+            hidden_BTD = self.plain.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        rows = torch.arange(len(input_ids_BT), device=input_ids_BT.device)
+        return hidden_BTD[rows, attention_mask_BT.sum(-1) - 1]
+
+
+def _switch(layer: Any, adapters: list[str], disabled: bool) -> None:
+    layer.enable_adapters(not disabled)
+    if not disabled:
+        layer.set_adapter(adapters)
+
+
+@contextmanager
+def _flags_kept(layers: list[Any]) -> Iterator[None]:
+    flags = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trainable in flags:
+            parameter.requires_grad_(trainable)
+
+
+class ScoreHead(nn.Module):
+    """A reward model's head: one number per hidden state, less the calibration bias."""
+
+    bias: Tensor
+
+    def __init__(self, score: nn.Module, bias: float) -> None:
+        super().__init__()
+        self.score = score
+        self.register_buffer("bias", torch.tensor(float(bias)))
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Scores, float32 [N]."""
+        return self.score(hidden_ND).squeeze(-1).float() - self.bias
+
+
+class PolicyTokens(NamedTuple):
+    """Of the response tokens of one batch, rows in order, float32 [N] each; entropy is zeros unless asked
+    for."""
+
+    logprobs: Tensor
+    entropy: Tensor
+
+
+class Networks(nn.Module):
+    """What PPO trains and what it is held against.
+
+    Kept in eval mode for the whole run: dropout is off in rollouts and updates alike. `frozen` names trunks
+    that are neither trained nor saved: the reference and, where it shares the base, the reward model.
+    """
+
+    def __init__(
+        self,
+        policy: Trunk,
+        value: Trunk,
+        value_head: ScoreHead,
+        reference: Trunk,
+        reward: Trunk | None,
+        reward_head: ScoreHead | None,
+    ) -> None:
+        super().__init__()
+        self.policy_trunk, self.value_trunk = policy, value
+        self.reference_trunk, self.reward_trunk = reference, reward
+        # Registered once each, so that a base that several trunks share is one module with one set of names.
+        self.policy_model = policy.model
+        others = [trunk.model for trunk in (value, reference, reward) if trunk is not None]
+        self.models = nn.ModuleList(_distinct(policy.model, *others)[1:])
+        self.value_head, self.reward_head = value_head, reward_head
+        self.eval()
+        self.fused = False
+
+    @property
+    def value_shares_trunk(self) -> bool:
+        """Whether one forward pass gives log-probabilities and values."""
+        return self.value_trunk == self.policy_trunk
+
+    @property
+    def layout(self) -> str:
+        """`shared` where policy and reward model or value network are one base, else `full`."""
+        others = [self.value_trunk, *([self.reward_trunk] if self.reward_trunk is not None else [])]
+        shared = any(trunk.model is self.policy_model and trunk != self.policy_trunk for trunk in others)
+        return "shared" if shared else "full"
+
+    @contextmanager
+    def sampling(self) -> Iterator[PreTrainedModel | PeftModel]:
+        """The policy, its adapter on, for a rollout engine to sample from."""
+        with self.policy_trunk.active():
+            yield self.policy_model
+
+    def policy(self, batch: TokenBatch, temperature: float, *, entropy: bool = False) -> PolicyTokens:
+        """Log-probabilities of the response tokens and, where asked for, entropies."""
+        return self._logprobs(self.policy_trunk, batch, temperature, entropy)
+
+    def policy_and_value(
+        self, batch: TokenBatch, temperature: float, *, entropy: bool = False
+    ) -> tuple[PolicyTokens, Tensor]:
+        """Both; from one forward pass where the value head sits on the policy's trunk."""
+        if not self.value_shares_trunk:
+            return self.policy(batch, temperature, entropy=entropy), self.value(batch)
+        trunk = self.policy_trunk
+        if self.fused:
+            hidden_ND = trunk.hidden(batch)
+            return self._fused(trunk, hidden_ND, batch, temperature, entropy), self.value_head(hidden_ND)
+        with trunk.active():
+            outputs = trunk.plain(input_ids=batch.input_ids_BT, use_cache=False, output_hidden_states=True)
+        logits_NV, hidden_ND = (
+            whole.flatten(0, 1).index_select(0, batch.predict_N)
+            for whole in (outputs.logits, outputs.hidden_states[-1])
+        )
+        return _from_logits(logits_NV, batch, temperature, entropy), self.value_head(hidden_ND)
+
+    def value(self, batch: TokenBatch) -> Tensor:
+        """The value before each response token, [N]: it has seen the prompt and the tokens before."""
+        return self.value_head(self.value_trunk.hidden(batch))
+
+    @torch.no_grad()
+    def reference(self, batch: TokenBatch, temperature: float) -> Tensor:
+        """The reference's log-probabilities of the response tokens, [N]."""
+        return self._logprobs(self.reference_trunk, batch, temperature, False).logprobs
+
+    @torch.no_grad()
+    def reward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+        """The reward model's score at the last token of right-padded rows, [B]."""
+        assert self.reward_trunk is not None and self.reward_head is not None
+        return self.reward_head(self.reward_trunk.last_hidden(input_ids_BT, attention_mask_BT))
+
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """Parameters that the optimizers move, by part ("policy", "value") and name."""
+        value_ids = {id(p) for p in self.value_head.parameters()}
+        if self.value_trunk.model is not self.policy_model:
+            value_ids |= {id(p) for p in self.value_trunk.model.parameters()}
+        elif not self.value_shares_trunk:
+            named = self.value_trunk.model.named_parameters()
+            value_ids |= {id(p) for name, p in named if f".{VALUE_ADAPTER}." in name}
+        parts: dict[str, dict[str, nn.Parameter]] = {"policy": {}, "value": {}}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                parts["value" if id(parameter) in value_ids else "policy"][name] = parameter
+        return parts
+
+    def choose_logprob_path(self, batch: TokenBatch, tolerance: float = 1e-3) -> bool:
+        """Use `linear_logprobs` from now on if it gives what the model's own logits give on `batch`.
+
+        Models that do more to their logits than one matrix (soft caps, scales, adapters on the head) keep the
+        slower path. Returns whether the fused one is used.
+        """
+        self.fused = False
+        if plain_head(self.policy_trunk.plain.get_output_embeddings()):
+            with torch.no_grad():
+                expected = self.policy(batch, 1.0).logprobs
+                self.fused = True
+                got = self.policy(batch, 1.0).logprobs
+            self.fused = bool((expected - got).abs().max() <= tolerance)
+        return self.fused
+
+    def _logprobs(self, trunk: Trunk, batch: TokenBatch, temperature: float, entropy: bool) -> PolicyTokens:
+        if self.fused:
+            return self._fused(trunk, trunk.hidden(batch), batch, temperature, entropy)
+        with trunk.active():
+            logits_BTV = trunk.plain(input_ids=batch.input_ids_BT, use_cache=False).logits
+        return _from_logits(
+            logits_BTV.flatten(0, 1).index_select(0, batch.predict_N), batch, temperature, entropy
+        )
+
+    @staticmethod
+    def _fused(
+        trunk: Trunk, hidden_ND: Tensor, batch: TokenBatch, temperature: float, entropy: bool
+    ) -> PolicyTokens:
+        weight_VD = trunk.plain.get_output_embeddings().weight
+        return PolicyTokens(
+            *linear_logprobs(hidden_ND, weight_VD, batch.target_N, temperature, with_entropy=entropy)
+        )
+
+
+def _from_logits(logits_NV: Tensor, batch: TokenBatch, temperature: float, entropy: bool) -> PolicyTokens:
+    logprobs_N, normaliser_N = token_logprobs(logits_NV, batch.target_N, temperature)
+    if not entropy:
+        return PolicyTokens(logprobs_N, torch.zeros_like(logprobs_N))
+    return PolicyTokens(logprobs_N, token_entropy(logits_NV, normaliser_N, temperature))
+
+
+def _distinct(*models: nn.Module) -> list[nn.Module]:
+    return list({id(model): model for model in models}.values())
