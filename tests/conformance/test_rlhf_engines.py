@@ -9,7 +9,12 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel, TaskType, get_peft_model
 from ppo_tiny import EOS, LORA, PAD, VOCABULARY, causal_lm, prompts
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from posttrain.errors import PosttrainError, UserError
 from train.config import PeftSettings
@@ -249,6 +254,16 @@ def test_paged_refuses_what_cannot_generate() -> None:
     scorer = LlamaForSequenceClassification(causal_lm().config)
     with pytest.raises(UserError, match=r"rollout\.engine is continuous.*LlamaForSequenceClassification"):
         paged()(scorer, prompts(2), episode_uniforms(0, 0, 2, LENGTH))
+
+
+def test_paged_refuses_attention_that_the_library_computes_differently() -> None:
+    """Gemma 2 caps its attention logits; transformers' paged|eager attention does not (5.23)."""
+    config = causal_lm().config.to_dict() | {"query_pre_attn_scalar": 8, "model_type": "gemma2"}
+    model = Gemma2ForCausalLM(Gemma2Config(**config)).eval()
+    with pytest.raises(UserError, match=r"caps its attention logits \(at 50\.0\).*rollout\.engine: hf"):
+        paged()(model, prompts(2), episode_uniforms(0, 0, 2, LENGTH))
+    samples = HfSampler(EOS, PAD)(model, prompts(4), episode_uniforms(0, 0, 4, LENGTH))
+    check_samples(model, prompts(4), samples, LENGTH, 1.0)
 
 
 def test_factory_builds_the_engine_that_is_named(tmp_path: Any) -> None:

@@ -25,6 +25,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from posttrain.errors import PosttrainError, UserError
 from train.ppo.engines.base import Samples, SamplingParams
@@ -95,13 +96,20 @@ class ContinuousEngine:
 def base_model(policy: nn.Module) -> PreTrainedModel:
     """The transformers model that generates. A LoRA adapter lives in its layers, so it is included.
 
-    Raises UserError for a policy that transformers cannot generate with.
+    Raises UserError for a policy that transformers cannot generate with, or not with its own distribution.
     """
     model = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         raise UserError(
             f"rollout.engine is continuous, but the policy is a {type(model).__name__}, which transformers "
             "cannot generate with: use rollout.engine: hf"
+        )
+    softcap = model.config.get_text_config().to_dict().get("attn_logit_softcapping")
+    if softcap is not None and not is_flash_attention_requested(model.config):
+        raise UserError(
+            f"rollout.engine is continuous, but this model caps its attention logits (at {softcap}), which "
+            "transformers' paged attention leaves out unless the model is loaded with flash attention: it "
+            "would sample from another distribution. Use rollout.engine: hf"
         )
     return model
 
