@@ -21,7 +21,11 @@ PAD, EOS, FIRST_TOKEN = 0, 1, 2
 
 @dataclass(frozen=True)
 class Settings:
-    """One comparison. Lengths in tokens, batches in responses; updates are rollouts with their K passes."""
+    """One comparison. Lengths in tokens, batches in responses; updates are rollouts with their K passes.
+
+    micro_batch_size is both sides'. On a CPU 2 is the best of both: the peer is as fast as with 8 and needs
+    half the memory, and our side pads less.
+    """
 
     layout: str = "full"
     device: str = "cpu"
@@ -34,7 +38,7 @@ class Settings:
     kv_heads: int = 6
     vocabulary: int = 32_000
     batch_size: int = 32
-    micro_batch_size: int = 8
+    micro_batch_size: int = 2
     peer_rollout_batch_size: int = 32
     prompt_min: int = 32
     prompt_max: int = 64
