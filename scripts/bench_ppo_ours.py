@@ -1,0 +1,156 @@
+"""posttrain's PPO on the models of `bench_ppo.py`, in a process of its own; then the floor of its update.
+
+    python scripts/bench_ppo_ours.py FOLDER SEED RESULT.json [--profile]
+
+Started by `bench_ppo.py`, which makes FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_ppo_common import (
+    EOS,
+    PAD,
+    PeakMemory,
+    Settings,
+    flops,
+    matmul_throughput,
+    now,
+    prepare_process,
+    products_seconds,
+    trained_products,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+PHASES = {"generate": "rollout", "score": "scoring"}
+"""Phases whose name in the metrics differs from the peer's here."""
+
+
+def make_trainer(settings: Settings, folder: Path, seed: int) -> Any:
+    """Our trainer on the saved models: the one place that knows its constructor."""
+    from accelerate import Accelerator
+
+    from posttrain.models import load_causal_lm, load_reward_model
+    from train.ppo.config import PpoStageConfig
+    from train.ppo.models import build_policy_and_value
+    from train.ppo.rewards import RewardModelScorer
+    from train.ppo.rollout import HfSampler
+    from train.ppo.trainer import PpoTrainer
+
+    if settings.layout != "full":
+        raise SystemExit(f"layout {settings.layout} is not built yet")
+    config = PpoStageConfig(
+        model=str(folder / "policy"),
+        reward=str(folder / "reward"),
+        data="prompts",
+        seed=seed,
+        total_episodes=settings.episodes,
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        num_ppo_epochs=settings.num_ppo_epochs,
+        max_prompt_tokens=settings.prompt_max,
+        max_new_tokens=settings.response_length,
+        missing_eos={"mode": "penalty", "value": -settings.missing_eos_penalty},
+        kl_coef=settings.kl_coef,
+        learning_rate=settings.learning_rate,
+        max_grad_norm=None,
+        bf16=settings.dtype == "bfloat16",
+    )
+    accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision="bf16" if config.bf16 else "no")
+    reward_model, calibration = load_reward_model(folder / "reward")
+    networks, reference = build_policy_and_value(
+        load_causal_lm(folder / "policy"), reward_model, calibration, None
+    )
+    return PpoTrainer(
+        config,
+        accelerator,
+        networks,
+        reference,
+        RewardModelScorer(reward_model.to(accelerator.device), calibration),
+        HfSampler(EOS, PAD),
+        json.loads((folder / "prompts.json").read_text(encoding="utf-8")),
+        eos_id=EOS,
+        pad_id=PAD,
+    )
+
+
+def run_update(trainer: Any, device: str) -> dict[str, float]:
+    """One update's metrics under the peer's phase names, `seconds` by our own clock."""
+    start = now(device)
+    metrics = trainer.run_update()
+    renamed = {
+        f"seconds_{PHASES.get(name.removeprefix('seconds_'), name.removeprefix('seconds_'))}": value
+        for name, value in metrics.items()
+        if name.startswith("seconds_")
+    }
+    kept = ("response_length", "rlhf_reward", "kl", "loss_value")
+    return renamed | {name: metrics[name] for name in kept} | {"seconds": now(device) - start}
+
+
+def update_floor(settings: Settings, prompts: list[list[int]], response_length: float) -> dict[str, float]:
+    """The update's linear layers alone, on real tokens only: seconds and FLOPs of one update's K passes.
+
+    The policy's and the value network's backbones see prompts and responses, the language-model head the
+    responses. A chunk of padding, attention itself, losses and the optimizer are all left out.
+    """
+    lora = settings.layout == "shared"
+    backbone, head = trained_products(settings, lora)
+    passes = settings.num_ppo_epochs * settings.batch_size
+    prompt_length = sum(map(len, prompts)) / len(prompts)
+    tokens, response_tokens = passes * (prompt_length + response_length), passes * response_length
+    return {
+        "seconds": products_seconds(backbone * 2, tokens, settings)
+        + products_seconds(head, response_tokens, settings),
+        "flops": flops(backbone * 2, tokens) + flops(head, response_tokens),
+        "matmul_flops_per_second": matmul_throughput(settings),
+    }
+
+
+def profile(trainer: Any, device: str) -> str:
+    """One more update under torch's profiler: the operators by their own time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with torch_profile(activities=activities) as recorded:
+        trainer.run_update()
+    key = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return recorded.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--profile", action="store_true")
+    options = parser.parse_args()
+    settings = Settings.read(options.folder / "settings.json")
+    prepare_process(settings)
+    import posttrain
+    import train.ppo.trainer  # noqa: F401  (before memory is measured)
+
+    memory = PeakMemory(settings.device)
+    trainer = make_trainer(settings, options.folder, options.seed)
+    rows = [run_update(trainer, settings.device) for _ in range(settings.warmup + settings.updates)]
+    used = memory.read()
+    measured = rows[settings.warmup :]
+    length = sum(row["response_length"] for row in measured) / len(measured)
+    result = {
+        "updates": rows,
+        "memory": used,
+        "version": posttrain.__version__,
+        "floor": update_floor(settings, trainer.prompts, length),
+    }
+    if options.profile:
+        result["profile"] = profile(trainer, settings.device)
+    options.result.write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
