@@ -34,10 +34,10 @@ PHASES = {"generate": "rollout", "score": "scoring"}
 def make_trainer(settings: Settings, folder: Path, seed: int) -> Any:
     """Our trainer on the saved models: the one place that knows its constructor."""
     from accelerate import Accelerator
+    from train.ppo.models import build_policy_and_value
 
     from posttrain.models import load_causal_lm, load_reward_model
     from train.ppo.config import PpoStageConfig
-    from train.ppo.models import build_policy_and_value
     from train.ppo.rewards import RewardModelScorer
     from train.ppo.rollout import HfSampler
     from train.ppo.trainer import PpoTrainer
