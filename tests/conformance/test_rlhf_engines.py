@@ -274,7 +274,8 @@ def test_factory_builds_the_engine_that_is_named(tmp_path: Any) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, "<pad>")), pad_token="<pad>", eos_token="<eos>"
     )
-    model, sampling = causal_lm().eval(), SamplingParams(LENGTH, 0.7)
+    sampling = SamplingParams(LENGTH, 0.7)
+    model: Any = causal_lm().eval()
 
     def build(name: Any) -> Any:
         config = RolloutConfig(engine=name, max_rows=3)
@@ -290,3 +291,6 @@ def test_factory_builds_the_engine_that_is_named(tmp_path: Any) -> None:
         built.close()
     with pytest.raises(UserError, match=r"rollout\.engine is vllm"):
         build("vllm")
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(UserError, match=r"rollout\.engine is hf.*linear_attention.*vllm"):
+        build("hf")

@@ -12,6 +12,8 @@ from train.ppo.engines.base import RolloutEngine, SamplingParams
 from train.ppo.engines.config import RolloutConfig
 from train.ppo.engines.hf import HfSampler
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
 
 def build_engine(
     config: RolloutConfig,
@@ -40,6 +42,7 @@ def build_engine(
             max_prompt_tokens=max_prompt_tokens,
             max_rows=config.max_rows,
         )
+    require_attention(policy, config.engine)
     if config.engine == "continuous":
         from train.ppo.engines.continuous import ContinuousEngine, base_model
 
@@ -47,6 +50,18 @@ def build_engine(
         base_model(policy)
         return ContinuousEngine(sampling, eos_id, pad_id, config.continuous, config.max_rows)
     return HfSampler(eos_id, pad_id, sampling.temperature, config.max_rows)
+
+
+def require_attention(policy: PreTrainedModel | PeftModel, engine: str) -> None:
+    """Raise UserError for layers with a recurrent state (linear attention, Mamba): their cache cannot drop
+    the rows that ended, and padding on the left goes into the state.
+    """
+    kinds = set(policy.config.get_text_config().to_dict().get("layer_types") or ()) - ATTENTION
+    if kinds:
+        raise UserError(
+            f"rollout.engine is {engine}, which cannot run this model's layers of type "
+            f"{', '.join(sorted(kinds))}: use rollout.engine vllm"
+        )
 
 
 def require_whole_weights(accelerator: Accelerator) -> None:
