@@ -22,7 +22,7 @@ from train.ppo.engines.base import SamplingParams
 from train.ppo.engines.config import ContinuousSettings, RolloutConfig, VllmSettings
 from train.ppo.engines.continuous import batching_config
 from train.ppo.engines.hf import CACHE_GROWTH, DRAW_BLOCK, GrowingLayer, draw
-from train.ppo.engines.vllm import (
+from train.ppo.engines.vllm_engine import (
     VllmEngine,
     check_server,
     check_settings,

@@ -31,7 +31,7 @@ def build_engine(
     """
     eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if config.engine == "vllm":
-        from train.ppo.engines.vllm import start_vllm
+        from train.ppo.engines.vllm_engine import start_vllm
 
         return start_vllm(
             config.vllm,
