@@ -1,11 +1,19 @@
-"""What the documents, docstrings and comments name exists: tests, files, configurations."""
+"""What the documents, docstrings and comments name exists: tests, files, configurations. And docs/ppo.md has
+every setting and warning of PPO.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
+
+from train.ppo.config import PpoStageConfig
+from train.ppo.symptoms import SYMPTOMS
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -34,3 +42,46 @@ def test_every_configuration_that_the_code_names_exists() -> None:
     }
     assert named
     assert not {(file, name) for file, name in named if not (ROOT / name).is_file()}
+
+
+def fields_of(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every field of a configuration model and of the blocks in it, by dotted path, with its default."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        blocks = blocks_in(field.annotation)
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+        if not isinstance(default, BaseModel):
+            found[path] = default
+        for block in blocks:
+            found |= fields_of(block, f"{path}.")
+    return found
+
+
+def blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [block for part in get_args(annotation) for block in blocks_in(part)]
+
+
+def as_value(cell: str) -> Any:
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError:
+        return cell
+
+
+def test_the_ppo_page_has_every_field_with_its_default() -> None:
+    """Of the stage and of the blocks inside it, and none that is not there."""
+    text = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+    _, _, section = text.partition("\n## Every setting\n")
+    rows = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", section, re.MULTILINE)
+    assert {name: as_value(cell) for name, cell in rows} == fields_of(PpoStageConfig)
+    assert len(rows) == len(dict(rows))
+
+
+def test_the_ppo_page_has_every_warning() -> None:
+    text = (ROOT / "docs" / "ppo.md").read_text(encoding="utf-8")
+    _, _, section = text.partition("\n### Warnings\n")
+    section, _, _ = section.partition("\n## ")
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(SYMPTOMS)
