@@ -27,31 +27,32 @@ from bench_ppo_common import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-PHASES = {"generate": "rollout", "score": "scoring"}
-"""Phases whose name in the metrics differs from the peer's here."""
 
 
 def make_trainer(settings: Settings, folder: Path, seed: int) -> Any:
     """Our trainer on the saved models: the one place that knows its constructor."""
     from accelerate import Accelerator
-    from train.ppo.models import build_policy_and_value
 
-    from posttrain.models import load_causal_lm, load_reward_model
     from train.ppo.config import PpoStageConfig
-    from train.ppo.rewards import RewardModelScorer
-    from train.ppo.rollout import HfSampler
+    from train.ppo.engines.hf import HfSampler
+    from train.ppo.layouts import load_networks
+    from train.ppo.reward_config import RewardsConfig
+    from train.ppo.reward_mix import Rewards
+    from train.ppo.reward_sources import NetworkReward
     from train.ppo.trainer import PpoTrainer
 
-    if settings.layout != "full":
-        raise SystemExit(f"layout {settings.layout} is not built yet")
+    shared = settings.layout == "shared"
     config = PpoStageConfig(
         model=str(folder / "policy"),
-        reward=str(folder / "reward"),
+        reward=str(folder / ("reward_adapter" if shared else "reward")),
         data="prompts",
         seed=seed,
+        layout=settings.layout,
+        peft=settings.lora if shared else None,
         total_episodes=settings.episodes,
         batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
+        # As many tokens at a time as the peer, which pads every response to the cap.
+        micro_batch_tokens=settings.micro_batch_size * (settings.prompt_max + settings.response_length),
         num_ppo_epochs=settings.num_ppo_epochs,
         max_prompt_tokens=settings.prompt_max,
         max_new_tokens=settings.response_length,
@@ -62,34 +63,30 @@ def make_trainer(settings: Settings, folder: Path, seed: int) -> Any:
         bf16=settings.dtype == "bfloat16",
     )
     accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision="bf16" if config.bf16 else "no")
-    reward_model, calibration = load_reward_model(folder / "reward")
-    networks, reference = build_policy_and_value(
-        load_causal_lm(folder / "policy"), reward_model, calibration, None
-    )
+    networks, _ = load_networks(config, Path(config.model), Path(config.reward or ""))
+    networks.to(accelerator.device)
+    prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
+    networks.choose_paths(prompts[:2], PAD, packing=settings.device == "cpu")
+    reward = NetworkReward(networks, config.micro_batch_tokens, PAD)
     return PpoTrainer(
         config,
         accelerator,
         networks,
-        reference,
-        RewardModelScorer(reward_model.to(accelerator.device), calibration),
-        HfSampler(EOS, PAD),
-        json.loads((folder / "prompts.json").read_text(encoding="utf-8")),
+        Rewards(RewardsConfig(), [reward], [], accelerator.device),
+        HfSampler(EOS, PAD, max_rows=settings.batch_size),
+        prompts,
         eos_id=EOS,
         pad_id=PAD,
     )
 
 
 def run_update(trainer: Any, device: str) -> dict[str, float]:
-    """One update's metrics under the peer's phase names, `seconds` by our own clock."""
+    """One update's metrics, `seconds` by our own clock."""
     start = now(device)
     metrics = trainer.run_update()
-    renamed = {
-        f"seconds_{PHASES.get(name.removeprefix('seconds_'), name.removeprefix('seconds_'))}": value
-        for name, value in metrics.items()
-        if name.startswith("seconds_")
-    }
-    kept = ("response_length", "rlhf_reward", "kl", "loss_value")
-    return renamed | {name: metrics[name] for name in kept} | {"seconds": now(device) - start}
+    phases = {name: value for name, value in metrics.items() if name.startswith("seconds_")}
+    kept = ("response_length", "rlhf_reward", "kl", "loss_value", "mfu")
+    return phases | {name: metrics[name] for name in kept} | {"seconds": now(device) - start}
 
 
 def update_floor(settings: Settings, prompts: list[list[int]], response_length: float) -> dict[str, float]:

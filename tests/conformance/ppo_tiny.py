@@ -144,7 +144,9 @@ class TokenReward:
 
     def __call__(self, batch: RewardBatch) -> Tensor:
         tokens = TokenBatch.build(batch.prompts, batch.responses, PAD, "cpu")
-        return self.function(tokens.input_ids_BT, tokens.attention_mask_BT)
+        lengths = torch.tensor(tokens.lengths).unsqueeze(1)
+        mask_BT = torch.arange(tokens.input_ids_BT.shape[1]) < lengths
+        return self.function(tokens.input_ids_BT, mask_BT.long())
 
 
 def ppo_trainer(
@@ -153,12 +155,13 @@ def ppo_trainer(
     reward: Score | None = None,
     engine: RolloutEngine | None = None,
     pad_id: int = PAD,
+    packed: bool = True,
 ) -> PpoTrainer:
     """A trainer over fresh copies of the same random models."""
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if config.bf16 else "no")
     built = networks(config)
-    built.choose_logprob_path(TokenBatch.build([[5, 9, 12]], [[7, 30]], PAD, "cpu"))
+    built.choose_paths([[5, 9, 12], [7, 30, 31, 8]], PAD, packing=packed)
     source: RewardSource = (
         TokenReward(reward) if reward else NetworkReward(built, max_tokens=256, pad_id=pad_id)
     )

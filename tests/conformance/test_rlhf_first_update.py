@@ -113,7 +113,7 @@ def test_value_network_starts_as_the_calibrated_reward_model(name: str) -> None:
     tokens = torch.tensor([ids])
     score = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0, 0] - BIAS
     torch.testing.assert_close(value, score, rtol=0, atol=1e-5)
-    reward = trainer.networks.reward(tokens, torch.ones_like(tokens))[0]
+    reward = trainer.networks.reward(TokenBatch.build([ids[:-1]], [ids[-1:]], pad_id=0, device="cpu"))[0]
     torch.testing.assert_close(reward, score, rtol=0, atol=1e-5)
 
 

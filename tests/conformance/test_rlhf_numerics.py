@@ -12,6 +12,7 @@ from ppo_tiny import (
     LAYOUTS,
     PAD,
     experience_of,
+    model_config,
     networks,
     ppo_config,
     ppo_trainer,
@@ -20,17 +21,19 @@ from ppo_tiny import (
     weights,
     without_timings,
 )
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from posttrain.models import score_ids
 from train.ppo.batches import TokenBatch
+from train.ppo.layouts import full_networks
 from train.ppo.networks import Networks
 
 PROMPTS = [[5, 9, 12], [7, 30, 31, 8, 44, 21, 60], [3, 3], [17, 18, 19, 20, 22]]
 RESPONSES = [[40, 41, EOS], [50, EOS], [10, 11, 12, 13, 14, 15], [EOS]]
 
 
-def together(pad: int = PAD) -> TokenBatch:
-    return TokenBatch.build(PROMPTS, RESPONSES, pad, "cpu")
+def together(packed: bool = False) -> TokenBatch:
+    return TokenBatch.build(PROMPTS, RESPONSES, PAD, "cpu", packed=packed)
 
 
 def by_row(batch: TokenBatch, values_N: torch.Tensor) -> list[list[float]]:
@@ -48,25 +51,25 @@ def nets(request: pytest.FixtureRequest, layout: dict[str, Any]) -> Networks:
 
 
 @torch.no_grad()
-def test_nothing_depends_on_batch_mates(nets: Networks) -> None:
-    batch = together()
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_nothing_depends_on_batch_mates(nets: Networks, packed: bool) -> None:
+    batch = together(packed)
     outputs = nets.policy(batch, 0.8, entropy=True)
     quantities = [*outputs, nets.value(batch), nets.reference(batch, 0.8)]
-    scores = nets.reward(batch.input_ids_BT, batch.attention_mask_BT)
+    scores = nets.reward(batch)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         alone = TokenBatch.build([prompt], [response], PAD, "cpu")
         single = nets.policy(alone, 0.8, entropy=True)
         others = [*single, nets.value(alone), nets.reference(alone, 0.8)]
         for whole, one in zip(quantities, others, strict=True):
             assert by_row(batch, whole)[row] == pytest.approx(one.tolist(), abs=1e-5)
-        assert scores[row].item() == pytest.approx(
-            nets.reward(alone.input_ids_BT, alone.attention_mask_BT).item(), abs=1e-5
-        )
+        assert scores[row].item() == pytest.approx(nets.reward(alone).item(), abs=1e-5)
 
 
 @torch.no_grad()
-def test_logprobs_equal_a_plain_forward_without_any_padding(nets: Networks) -> None:
-    batch = together()
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_logprobs_equal_a_plain_forward_without_any_padding(nets: Networks, packed: bool) -> None:
+    batch = together(packed)
     logprobs = by_row(batch, nets.policy(batch, 1.0).logprobs)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         with nets.sampling() as policy:
@@ -182,6 +185,40 @@ def test_merged_policy_equals_adapter() -> None:
     assert (adapter - reference).abs().max() > 0.1
 
 
+def test_packing_changes_only_rounding(layout: dict[str, Any]) -> None:
+    """Two updates on packed sequences and on padded rows; both ways are taken."""
+    results = []
+    for packed in (False, True):
+        trainer = ppo_trainer(ppo_config(adam_epsilon=1e-3, micro_batch_size=None, **layout), packed=packed)
+        assert trainer.networks.packed == packed
+        rows = [without_timings(trainer.run_update()) for _ in range(2)]
+        results.append((rows, weights(trainer)))
+    for one, two in zip(results[0][0], results[1][0], strict=True):
+        assert two == pytest.approx(one, abs=1e-5, rel=1e-4)
+    for name, weight in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], weight, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_packing_does_not_fit_keeps_padded_rows() -> None:
+    """Gemma 2 caps its attention scores, which the packed attention does not: the trial finds out."""
+    torch.manual_seed(0)
+    settings = model_config().to_dict() | {
+        "head_dim": 8,
+        "attn_logit_softcapping": 0.5,
+        "query_pre_attn_scalar": 8,
+    }
+    kept = {
+        name: settings[name]
+        for name in settings
+        if name not in ("model_type", "architectures", "rope_parameters")
+    }
+    model = Gemma2ForCausalLM(Gemma2Config(**kept)).eval()
+    nets = full_networks(model, None, 0.0, None, "head")
+    nets.choose_paths(PROMPTS[:2], PAD, packing=True)
+    assert not nets.packed
+    assert nets.fused == (model.config.final_logit_softcapping is None)
+
+
 def test_switching_adapters_changes_nothing_that_is_trainable() -> None:
     nets = networks(ppo_config(**LAYOUTS["shared"]))
     flags = {name: p.requires_grad for name, p in nets.named_parameters()}
@@ -212,7 +249,7 @@ def test_both_ways_to_a_value_head_on_the_policy_agree() -> None:
 
 def test_gradients_reach_the_adapter_in_use_and_no_other() -> None:
     nets = networks(ppo_config(**LAYOUTS["shared"]))
-    nets.choose_logprob_path(together())
+    nets.choose_paths(PROMPTS[:2], PAD, packing=False)
     nets.policy(together(), 1.0).logprobs.sum().backward()
     touched = {name for name, p in nets.named_parameters() if p.grad is not None}
     assert touched == set(nets.trained()["policy"])

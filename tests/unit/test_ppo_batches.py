@@ -11,6 +11,7 @@ import torch
 from train.ppo.batches import TokenBatch, length_buckets
 from train.ppo.config import PpoStageConfig
 from train.ppo.experience import MicroBatch, Rollout, loss_mask, split_rollout
+from train.ppo.packing import packed_positions
 
 
 def config(**overrides: Any) -> PpoStageConfig:
@@ -20,7 +21,8 @@ def config(**overrides: Any) -> PpoStageConfig:
 def test_rows_are_contiguous_and_padded_on_the_right() -> None:
     batch = TokenBatch.build([[5, 6, 7], [8]], [[9, 1], [4, 3, 1]], pad_id=0, device="cpu")
     assert batch.input_ids_BT.tolist() == [[5, 6, 7, 9, 1], [8, 4, 3, 1, 0]]
-    assert batch.attention_mask_BT.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert batch.lengths == (5, 4)
+    assert batch.last_B.tolist() == [4, 8]
     assert batch.response_mask_BR.tolist() == [[True, True, False], [True, True, True]]
     assert batch.target_N.tolist() == [9, 1, 4, 3, 1]
     # 9 is predicted from column 2 of row 0, the first token of row 1 from its column 0, which is place 5.
@@ -28,8 +30,20 @@ def test_rows_are_contiguous_and_padded_on_the_right() -> None:
     assert batch.real_tokens == 9
 
 
-def test_each_target_follows_the_position_that_predicts_it() -> None:
-    batch = TokenBatch.build([[5, 6, 7], [8], [2, 2]], [[9], [4, 3, 1], [1, 1]], pad_id=0, device="cpu")
+def test_packed_rows_stand_end_to_end() -> None:
+    batch = TokenBatch.build([[5, 6, 7], [8]], [[9, 1], [4, 3, 1]], pad_id=0, device="cpu", packed=True)
+    assert batch.input_ids_BT.tolist() == [[5, 6, 7, 9, 1, 8, 4, 3, 1]]
+    assert batch.lengths == (5, 4)
+    assert batch.last_B.tolist() == [4, 8]
+    assert batch.predict_N.tolist() == [2, 3, 5, 6, 7]
+    assert batch.target_N.tolist() == [9, 1, 4, 3, 1]
+    assert packed_positions(batch.lengths).tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_target_follows_the_position_that_predicts_it(packed: bool) -> None:
+    prompts, responses = [[5, 6, 7], [8], [2, 2]], [[9], [4, 3, 1], [1, 1]]
+    batch = TokenBatch.build(prompts, responses, pad_id=0, device="cpu", packed=packed)
     flat = batch.input_ids_BT.flatten()
     assert torch.equal(flat[batch.predict_N + 1], batch.target_N)
 
@@ -59,6 +73,13 @@ def test_buckets_hold_no_more_than_their_tokens(
 ) -> None:
     lengths = [5, 1, 4, 2, 3, 6]
     assert length_buckets(lengths, range(6), max_tokens, max_rows) == expected
+
+
+def test_packed_buckets_count_no_padding() -> None:
+    lengths = [5, 1, 4, 2, 3, 6]
+    assert length_buckets(lengths, range(6), 11, packed=True) == [[5, 0], [2, 4, 3, 1]]
+    assert length_buckets(lengths, range(6), 11) == [[5], [0, 2], [4, 3, 1]]
+    assert length_buckets(lengths, range(6), 100, 4, packed=True) == [[5, 0, 2, 4], [3, 1]]
 
 
 def test_mini_batches_keep_their_rows() -> None:

@@ -102,7 +102,7 @@ def batch_share(batch_size: int, num_mini_batches: int, processes: int, index: i
 
 
 def split_rollout(
-    rollout: Rollout, config: PpoStageConfig, pad_id: int, device: torch.device
+    rollout: Rollout, config: PpoStageConfig, pad_id: int, device: torch.device, *, packed: bool = False
 ) -> list[list[MicroBatch]]:
     """Per mini-batch, rows of similar length cut into micro-batches that stay together for the whole update.
 
@@ -115,14 +115,22 @@ def split_rollout(
     mini_batches = []
     for start in range(0, len(prompts), share):
         groups = length_buckets(
-            lengths, range(start, start + share), config.micro_batch_tokens, config.micro_batch_size
+            lengths,
+            range(start, start + share),
+            config.micro_batch_tokens,
+            config.micro_batch_size,
+            packed=packed,
         )
         mini_batches.append(
             [
                 MicroBatch(
                     torch.tensor(rows, device=device),
                     TokenBatch.build(
-                        [prompts[i] for i in rows], [responses[i] for i in rows], pad_id, device
+                        [prompts[i] for i in rows],
+                        [responses[i] for i in rows],
+                        pad_id,
+                        device,
+                        packed=packed,
                     ),
                 )
                 for rows in groups

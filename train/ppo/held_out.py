@@ -64,9 +64,15 @@ class HeldOutEvaluation:
         trainer, config = self.trainer, self.trainer.config
         lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
         kl_B = torch.zeros(len(prompts), device=trainer.accelerator.device)
-        for rows in length_buckets(lengths, range(len(prompts)), config.micro_batch_tokens):
+        for rows in length_buckets(
+            lengths, range(len(prompts)), config.micro_batch_tokens, packed=trainer.networks.packed
+        ):
             tokens = TokenBatch.build(
-                [prompts[i] for i in rows], [responses[i] for i in rows], trainer.pad_id, kl_B.device
+                [prompts[i] for i in rows],
+                [responses[i] for i in rows],
+                trainer.pad_id,
+                kl_B.device,
+                packed=trainer.networks.packed,
             )
             with trainer.accelerator.autocast():
                 policy_N = trainer.networks.policy(tokens, config.temperature).logprobs

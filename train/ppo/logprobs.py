@@ -2,7 +2,8 @@
 
 The logits of `chunk` tokens exist at a time, in the forward and in the backward pass. Where the output matrix
 is frozen (LoRA), the gradient towards the hidden states is taken along in the forward pass, so that no logit
-is computed twice:
+is computed twice; where it is trained, the log-softmax of a single chunk is kept, that of several is computed
+again in the backward pass.
 
     d log p(y) / dh = (W[y] - sum_v p_v W[v]) / temperature
     d H / dh = -sum_v p_v (log p_v + H) W[v] / temperature
@@ -87,7 +88,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 logs.add_(entropies[part].unsqueeze(1)).mul_(probabilities)
                 entropy_slopes[part] = logs.to(weight.dtype) @ weight / -temperature
         ctx.temperature, ctx.entropy, ctx.chunk = temperature, entropy, chunk
-        saved = (slopes, entropy_slopes) if ahead else (hidden, weight, target)
+        kept = logs if by_weight and len(hidden) <= chunk else None
+        saved = (slopes, entropy_slopes) if ahead else (hidden, weight, target, kept)
         ctx.save_for_backward(*saved)
         ctx.ahead = ahead
         return logprobs, entropies
@@ -101,11 +103,13 @@ class _LinearLogprobs(torch.autograd.Function):
             if entropy_slopes is not None:
                 d_hidden += entropy_slopes * d_entropies.unsqueeze(1)
             return d_hidden.to(slopes.dtype), None, None, None, None, None
-        hidden, weight, target = ctx.saved_tensors
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=_sums(weight.dtype))
+        hidden, weight, target, kept = ctx.saved_tensors
+        d_hidden, d_weight = torch.empty_like(hidden), torch.empty(0)
         for start in range(0, len(hidden), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logs, _ = _log_softmax(hidden[part], weight, target[part], ctx.temperature)
+            logs = kept
+            if logs is None:
+                logs, _ = _log_softmax(hidden[part], weight, target[part], ctx.temperature)
             scale = (d_logprobs[part] / ctx.temperature).unsqueeze(1)
             probabilities = logs.exp()
             if ctx.entropy:
@@ -117,7 +121,10 @@ class _LinearLogprobs(torch.autograd.Function):
             d_logits.scatter_add_(1, target[part].unsqueeze(1), scale)
             d_logits = d_logits.to(weight.dtype)
             d_hidden[part] = d_logits @ weight
-            d_weight += d_logits.T @ hidden[part]
+            if start == 0:
+                d_weight = (d_logits.T @ hidden[part]).to(_sums(weight.dtype))
+            else:
+                d_weight += d_logits.T @ hidden[part]
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None
 
 

@@ -25,10 +25,15 @@ from transformers import PreTrainedModel
 from train.ppo.batches import TokenBatch
 from train.ppo.logprobs import linear_logprobs, plain_head
 from train.ppo.losses import token_entropy, token_logprobs
+from train.ppo.packing import packed_attention, packed_positions
 
 POLICY_ADAPTER = "default"
 """peft saves the adapter of this name at the top of the model directory."""
 VALUE_ADAPTER, REWARD_ADAPTER, REFERENCE_ADAPTER = "value", "reward", "reference"
+PATH_TOLERANCE = 2e-3
+"""Nats per token by which a faster way through the model may differ from its own logits (bf16 autocast is
+not on when it is tried).
+"""
 ADAPTER_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 
 
@@ -76,19 +81,30 @@ class Trunk:
         return (layer.active_adapters, True) if self.adapter is None else ([self.adapter], False)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
-        """Hidden states at the positions that predict the response tokens, [N, D]."""
-        with self.active():
+        """Hidden states at every place of the batch, [B * T, D]."""
+        with self.active(), _layout_of(batch, self.plain) as positions:
             hidden_BTD = self.plain.base_model(
-                input_ids=batch.input_ids_BT, use_cache=False
+                input_ids=batch.input_ids_BT, use_cache=False, **positions
             ).last_hidden_state
-        return hidden_BTD.flatten(0, 1).index_select(0, batch.predict_N)
+        return hidden_BTD.flatten(0, 1)
 
-    def last_hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """Hidden states at the last real token of right-padded rows, [B, D]."""
-        with self.active():
-            hidden_BTD = self.plain.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
-        rows = torch.arange(len(input_ids_BT), device=input_ids_BT.device)
-        return hidden_BTD[rows, attention_mask_BT.sum(-1) - 1]
+    def logits(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """The model's own logits at every place, [B * T, V], and its last hidden states, [B * T, D]."""
+        with self.active(), _layout_of(batch, self.plain) as positions:
+            outputs = self.plain(
+                input_ids=batch.input_ids_BT, use_cache=False, output_hidden_states=True, **positions
+            )
+        return outputs.logits.flatten(0, 1), outputs.hidden_states[-1].flatten(0, 1)
+
+
+@contextmanager
+def _layout_of(batch: TokenBatch, model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """What a forward pass over the batch needs besides its ids."""
+    if not batch.packed:
+        yield {}
+        return
+    with packed_attention(model, batch.lengths):
+        yield {"position_ids": packed_positions(batch.lengths).to(batch.input_ids_BT.device)}
 
 
 def _switch(layer: Any, adapters: list[str], disabled: bool) -> None:
@@ -155,7 +171,7 @@ class Networks(nn.Module):
         self.models = nn.ModuleList(_distinct(policy.model, *others)[1:])
         self.value_head, self.reward_head = value_head, reward_head
         self.eval()
-        self.fused = False
+        self.fused = self.packed = False
 
     @property
     def value_shares_trunk(self) -> bool:
@@ -187,19 +203,14 @@ class Networks(nn.Module):
             return self.policy(batch, temperature, entropy=entropy), self.value(batch)
         trunk = self.policy_trunk
         if self.fused:
-            hidden_ND = trunk.hidden(batch)
+            hidden_ND = trunk.hidden(batch).index_select(0, batch.predict_N)
             return self._fused(trunk, hidden_ND, batch, temperature, entropy), self.value_head(hidden_ND)
-        with trunk.active():
-            outputs = trunk.plain(input_ids=batch.input_ids_BT, use_cache=False, output_hidden_states=True)
-        logits_NV, hidden_ND = (
-            whole.flatten(0, 1).index_select(0, batch.predict_N)
-            for whole in (outputs.logits, outputs.hidden_states[-1])
-        )
+        logits_NV, hidden_ND = (whole.index_select(0, batch.predict_N) for whole in trunk.logits(batch))
         return _from_logits(logits_NV, batch, temperature, entropy), self.value_head(hidden_ND)
 
     def value(self, batch: TokenBatch) -> Tensor:
         """The value before each response token, [N]: it has seen the prompt and the tokens before."""
-        return self.value_head(self.value_trunk.hidden(batch))
+        return self.value_head(self.value_trunk.hidden(batch).index_select(0, batch.predict_N))
 
     @torch.no_grad()
     def reference(self, batch: TokenBatch, temperature: float) -> Tensor:
@@ -207,10 +218,10 @@ class Networks(nn.Module):
         return self._logprobs(self.reference_trunk, batch, temperature, False).logprobs
 
     @torch.no_grad()
-    def reward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
-        """The reward model's score at the last token of right-padded rows, [B]."""
+    def reward(self, batch: TokenBatch) -> Tensor:
+        """The reward model's score at the last token of each row, [B]."""
         assert self.reward_trunk is not None and self.reward_head is not None
-        return self.reward_head(self.reward_trunk.last_hidden(input_ids_BT, attention_mask_BT))
+        return self.reward_head(self.reward_trunk.hidden(batch).index_select(0, batch.last_B))
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters that the optimizers move, by part ("policy", "value") and name."""
@@ -226,29 +237,37 @@ class Networks(nn.Module):
                 parts["value" if id(parameter) in value_ids else "policy"][name] = parameter
         return parts
 
-    def choose_logprob_path(self, batch: TokenBatch, tolerance: float = 1e-3) -> bool:
-        """Use `linear_logprobs` from now on if it gives what the model's own logits give on `batch`.
+    @torch.no_grad()
+    def choose_paths(self, prompts: list[list[int]], pad_id: int, *, packing: bool) -> None:
+        """Use the faster ways through the model from now on where they give what the plain one gives.
 
-        Models that do more to their logits than one matrix (soft caps, scales, adapters on the head) keep the
-        slower path. Returns whether the fused one is used.
+        fused: `linear_logprobs` instead of the model's logits; models that do more to their logits than one
+        matrix (soft caps, scales, adapters on the head) keep the logits. packed: sequences end to end, if
+        `packing` asks for it; models whose attention is of another kind keep padded rows.
+        prompts: token ids to try it on, none empty.
         """
-        self.fused = False
+        self.fused = self.packed = False
+        trial = [prompt[::-1] for prompt in prompts]
+        padded, packed = (
+            TokenBatch.build(prompts, trial, pad_id, self.value_head.bias.device, packed=packed)
+            for packed in (False, True)
+        )
+        expected = self.policy(padded, 1.0).logprobs
         if plain_head(self.policy_trunk.plain.get_output_embeddings()):
-            with torch.no_grad():
-                expected = self.policy(batch, 1.0).logprobs
-                self.fused = True
-                got = self.policy(batch, 1.0).logprobs
-            self.fused = bool((expected - got).abs().max() <= tolerance)
-        return self.fused
+            self.fused = True
+            self.fused = _close(self.policy(padded, 1.0).logprobs, expected)
+        if packing:
+            try:
+                self.packed = _close(self.policy(packed, 1.0).logprobs, expected)
+            except NotImplementedError:
+                self.packed = False
 
     def _logprobs(self, trunk: Trunk, batch: TokenBatch, temperature: float, entropy: bool) -> PolicyTokens:
         if self.fused:
-            return self._fused(trunk, trunk.hidden(batch), batch, temperature, entropy)
-        with trunk.active():
-            logits_BTV = trunk.plain(input_ids=batch.input_ids_BT, use_cache=False).logits
-        return _from_logits(
-            logits_BTV.flatten(0, 1).index_select(0, batch.predict_N), batch, temperature, entropy
-        )
+            hidden_ND = trunk.hidden(batch).index_select(0, batch.predict_N)
+            return self._fused(trunk, hidden_ND, batch, temperature, entropy)
+        logits_NV = trunk.logits(batch)[0].index_select(0, batch.predict_N)
+        return _from_logits(logits_NV, batch, temperature, entropy)
 
     @staticmethod
     def _fused(
@@ -265,6 +284,10 @@ def _from_logits(logits_NV: Tensor, batch: TokenBatch, temperature: float, entro
     if not entropy:
         return PolicyTokens(logprobs_N, torch.zeros_like(logprobs_N))
     return PolicyTokens(logprobs_N, token_entropy(logits_NV, normaliser_N, temperature))
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).abs().max() <= PATH_TOLERANCE)
 
 
 def _distinct(*models: nn.Module) -> list[nn.Module]:

@@ -94,14 +94,16 @@ class NetworkReward:
         device = self.networks.value_head.bias.device
         lengths = [len(p) + len(r) for p, r in zip(batch.prompts, batch.responses, strict=True)]
         scores_B = torch.empty(len(lengths), device=device)
-        for rows in length_buckets(lengths, range(len(lengths)), self.max_tokens):
+        packed = self.networks.packed
+        for rows in length_buckets(lengths, range(len(lengths)), self.max_tokens, packed=packed):
             tokens = TokenBatch.build(
                 [batch.prompts[row] for row in rows],
                 [batch.responses[row] for row in rows],
                 self.pad_id,
                 device,
+                packed=packed,
             )
-            scores = self.networks.reward(tokens.input_ids_BT, tokens.attention_mask_BT)
+            scores = self.networks.reward(tokens)
             scores_B[torch.tensor(rows, device=device)] = scores.float()
         return scores_B
 

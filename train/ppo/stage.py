@@ -34,7 +34,6 @@ from posttrain.hashing import adapter_base, fingerprint_tokenizer
 from posttrain.models import is_adapter, load_tokenizer
 from posttrain.stage import StageContext
 from train.peft_setup import check_adapter, quiet_libraries
-from train.ppo.batches import TokenBatch
 from train.ppo.config import PpoStageConfig
 from train.ppo.engines.base import SamplingParams
 from train.ppo.engines.build import build_engine
@@ -164,9 +163,8 @@ def build_networks(
         if trunk is not None:
             require_positions(name, trunk.plain, config)
     networks.to(accelerator.device)
-    first = prompts.ids[0]
-    probe = TokenBatch.build([first], [first], tokenizer.pad_token_id, accelerator.device)
-    if not networks.choose_logprob_path(probe):
+    networks.choose_paths(prompts.ids[:2], tokenizer.pad_token_id, packing=accelerator.device.type == "cpu")
+    if not networks.fused:
         context.console.print("ppo: this model's logits are not one matrix product; all of them are computed")
     return networks
 

@@ -55,7 +55,7 @@ class UpdateFlops:
         `seconds`."""
         batches = [micro.tokens for mini in experience.mini_batches for micro in mini]
         tokens = sum(batch.real_tokens for batch in batches)
-        mean_length = tokens / sum(len(batch.input_ids_BT) for batch in batches)
+        mean_length = tokens / sum(len(batch.lengths) for batch in batches)
         flops = model_flops(
             self._head,
             sum(len(batch.target_N) for batch in batches),

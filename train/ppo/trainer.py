@@ -177,7 +177,7 @@ class PpoTrainer:
         scores_B = result.total_B.to(device)
         self._last["scores"] = scores_B.tolist()
         require_finite(scores_B, "the reward scores", step)
-        mini_batches = split_rollout(rollout, config, self.pad_id, device)
+        mini_batches = split_rollout(rollout, config, self.pad_id, device, packed=self.networks.packed)
         lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
         mask_BR = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
         logprobs_BR, reference_BR, entropy_BR, values_BR = (
