@@ -34,6 +34,7 @@ app = typer.Typer(
     epilog="Example: posttrain run configs/tiny/pipeline.yaml. --debug, anywhere, shows tracebacks.",
 )
 
+CONFORMANCE = "train.ppo.conformance:check_model"
 _debug = False
 
 Overrides = Annotated[
@@ -296,6 +297,41 @@ def show(
             _print_json(description)
         else:
             print_run(description, Console())
+
+
+@app.command(
+    epilog="Examples: posttrain conformance --model runs/tiny/sft-merged --reward runs/tiny/reward --peft 8; "
+    "posttrain conformance --model my/model --dtype bfloat16 --device cuda --json > conformance.json"
+)
+def conformance(
+    model: Annotated[str, typer.Option(help="Language model: a run directory, a path or a Hub id.")],
+    reward: Annotated[
+        str | None, typer.Option(help="Reward model with the same tokenizer; scores and values need it.")
+    ] = None,
+    peft: Annotated[
+        int | None, typer.Option(min=1, help="Train LoRA of this rank. Default: all weights.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16: autocast over float32.")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Measure on a model of yours what PPO relies on: padding, cache, adapters, resume and more.
+
+    Exit code 0: every invariant holds; 1: one does not, and the table says what that means. Takes four short
+    prompts and as much memory as training on them.
+    """
+    with _reporting():
+        from posttrain.registry import load
+
+        measured = load(CONFORMANCE)(model, reward, peft, device, dtype)
+        if as_json:
+            _print_json(measured.as_json())
+        else:
+            from rich.console import Console
+
+            measured.print(Console())
+        if not measured.passed:
+            raise SystemExit(1)
 
 
 @app.command(epilog="Example: posttrain schema --output posttrain.schema.json")

@@ -42,7 +42,10 @@ def pipeline(tmp_path: Path) -> Path:
 HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "pyarrow", "omegaconf", "yaml")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "--help"], ["sft", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--help"], ["run", "--help"], ["sft", "--help"], ["conformance", "--help"], ["--version"]],
+)
 def test_importing_and_help_stay_light(arguments: list[str], tmp_path: Path) -> None:
     code = (
         "import sys, posttrain.cli\n"

@@ -156,7 +156,7 @@ def loss_weights(experience: Experience, config: PpoStageConfig, reduce: Reduce)
     With loss_aggregation `token` all trained tokens weigh the same, with `sequence` all responses that have
     any. A mini-batch without a trained token has weights of 0.
     """
-    mask = experience.loss_mask_BR.float()
+    mask = experience.loss_mask_BR.to(experience.logprobs_BR.dtype)
     if config.loss_aggregation == "sequence":
         mask = mask / mask.sum(-1, keepdim=True).clamp(min=1)
     weights = torch.zeros_like(mask)

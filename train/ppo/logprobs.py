@@ -53,7 +53,8 @@ def linear_logprobs(
         )
 
 
-def _sums(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that per-token numbers are kept in: float32, and float64 for models in float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -70,7 +71,7 @@ class _LinearLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         by_hidden, by_weight = ctx.needs_input_grad[:2]
         ahead = by_hidden and not by_weight
-        logprobs, entropies = (hidden.new_zeros(len(hidden), dtype=_sums(hidden.dtype)) for _ in range(2))
+        logprobs, entropies = (hidden.new_zeros(len(hidden), dtype=wide(hidden.dtype)) for _ in range(2))
         slopes = torch.empty_like(hidden) if ahead else None
         entropy_slopes = torch.empty_like(hidden) if ahead and entropy else None
         for start in range(0, len(hidden), chunk):
@@ -122,14 +123,14 @@ class _LinearLogprobs(torch.autograd.Function):
             d_logits = d_logits.to(weight.dtype)
             d_hidden[part] = d_logits @ weight
             if start == 0:
-                d_weight = (d_logits.T @ hidden[part]).to(_sums(weight.dtype))
+                d_weight = (d_logits.T @ hidden[part]).to(wide(weight.dtype))
             else:
                 d_weight += d_logits.T @ hidden[part]
         return d_hidden, d_weight.to(weight.dtype), None, None, None, None
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = (hidden @ weight.T).to(_sums(hidden.dtype))
+    logits = (hidden @ weight.T).to(wide(hidden.dtype))
     if temperature != 1.0:
         logits = logits / temperature
     logs = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))

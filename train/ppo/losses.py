@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from train.ppo.logprobs import wide
+
 
 def token_logprobs(logits_BRV: Tensor, tokens_BR: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each token at `temperature`, in nats, and the log-normaliser, both [B, R]."""
@@ -27,7 +29,8 @@ def token_entropy(logits_BRV: Tensor, normaliser_BR: Tensor, temperature: float)
 
 
 def _scale(logits: Tensor, temperature: float) -> Tensor:
-    return logits.float() if temperature == 1.0 else logits.float() / temperature
+    logits = logits.to(wide(logits.dtype))
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def kl_k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:

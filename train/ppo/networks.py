@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from train.ppo.batches import TokenBatch
-from train.ppo.logprobs import linear_logprobs, plain_head
+from train.ppo.logprobs import linear_logprobs, plain_head, wide
 from train.ppo.losses import token_entropy, token_logprobs
 from train.ppo.packing import packed_attention, packed_positions
 
@@ -134,8 +134,9 @@ class ScoreHead(nn.Module):
         self.register_buffer("bias", torch.tensor(float(bias)))
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        """Scores, float32 [N]."""
-        return self.score(hidden_ND).squeeze(-1).float() - self.bias
+        """Scores, float32 (float64 of a model in float64), [N]."""
+        scores_N = self.score(hidden_ND).squeeze(-1)
+        return scores_N.to(wide(scores_N.dtype)) - self.bias
 
 
 class PolicyTokens(NamedTuple):

@@ -29,6 +29,7 @@ from train.ppo.experience import (
     require_finite,
     split_rollout,
 )
+from train.ppo.logprobs import wide
 from train.ppo.losses import KL_ESTIMATORS
 from train.ppo.networks import Networks
 from train.ppo.reward_mix import Rewards
@@ -181,7 +182,8 @@ class PpoTrainer:
         lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
         mask_BR = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
         logprobs_BR, reference_BR, entropy_BR, values_BR = (
-            torch.zeros(mask_BR.shape, device=device) for _ in range(4)
+            torch.zeros(mask_BR.shape, device=device, dtype=wide(self.networks.value_head.bias.dtype))
+            for _ in range(4)
         )
         for micro in (micro for mini in mini_batches for micro in mini):
             with clock.phase("reference"), self.accelerator.autocast():
@@ -216,7 +218,7 @@ class PpoTrainer:
             scores_B=scores_B,
             score_parts={name: part.to(device) for name, part in result.parts.items()},
             shaped_B=shaped_B,
-            sampled_logprobs_BR=_padded(rollout.sampled_logprobs, mask_BR),
+            sampled_logprobs_BR=_padded(rollout.sampled_logprobs, mask_BR, logprobs_BR.dtype),
             logprobs_BR=logprobs_BR,
             reference_logprobs_BR=reference_BR,
             entropy_BR=entropy_BR,
@@ -236,7 +238,8 @@ class PpoTrainer:
         return self.accelerator.reduce(total, "sum")
 
 
-def _padded(rows: list[list[float]], mask_BR: Tensor) -> Tensor:
-    values_BR = torch.zeros(mask_BR.shape, device=mask_BR.device)
-    values_BR[mask_BR] = torch.tensor([value for row in rows for value in row], device=mask_BR.device)
+def _padded(rows: list[list[float]], mask_BR: Tensor, dtype: torch.dtype) -> Tensor:
+    values_BR = torch.zeros(mask_BR.shape, dtype=dtype, device=mask_BR.device)
+    values = [value for row in rows for value in row]
+    values_BR[mask_BR] = torch.tensor(values, dtype=dtype, device=mask_BR.device)
     return values_BR

@@ -155,7 +155,7 @@ class PpoUpdate:
             require_finite(loss, "the loss", step)
             loss.backward()
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + (term.detach().float() * weights_N).sum()
+                sums[name] = sums.get(name, 0) + (term.detach() * weights_N).sum()
         means = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
         metrics = dict(zip(sums, means.tolist(), strict=True))
         if "policy" in parts:
