@@ -92,6 +92,17 @@ def test_weights_that_are_not_finite_stop_the_run() -> None:
         trainer.run_update()
 
 
+def test_a_batch_that_is_masked_whole_moves_nothing() -> None:
+    """No response ends, and truncated ones are masked: not even momentum may move the weights."""
+    trainer = ppo_trainer(ppo_config(truncated="mask", max_new_tokens=1, missing_eos={"mode": "none"}))
+    trainer.run_update()
+    before = weights(trainer)
+    trainer.eos_id = trainer.engine.eos_id + 1000  # nothing counts as finished from here on
+    metrics = trainer.run_update()
+    assert metrics["eos_rate"] == 0.0
+    assert all(torch.equal(before[name], weight) for name, weight in weights(trainer).items())
+
+
 def test_batch_must_divide_among_processes() -> None:
     trainer = ppo_trainer(ppo_config())
     with pytest.raises(UserError, match="multiple of 4"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from train.ppo.config import PpoStageConfig
+from train.ppo.config import PpoStageConfig, check
 from train.ppo.trainer import learning_rate_factor
 
 INPUTS = {"model": "runs/sft", "reward": "runs/reward", "data": "runs/prompts"}
@@ -36,6 +36,38 @@ def test_mini_batches_must_divide_the_batch() -> None:
 def test_dropout_is_not_a_setting() -> None:
     with pytest.raises(ValueError, match="lora_dropout"):
         PpoStageConfig(**INPUTS, peft={"r": 4, "lora_dropout": 0.1})
+
+
+def test_trained_biases_would_move_the_reference() -> None:
+    with pytest.raises(ValueError, match="bias is all: trained biases are part of the base"):
+        PpoStageConfig(**INPUTS, peft={"r": 4, "bias": "all"})
+
+
+def test_something_must_be_rewarded() -> None:
+    nothing = INPUTS | {"reward": None}
+    with pytest.raises(ValueError, match="nothing is rewarded"):
+        PpoStageConfig(**nothing)
+    monitor = {"function": "data_prep.tiny.rubric:reward", "weight": 0.0}
+    with pytest.raises(ValueError, match="nothing is rewarded"):
+        PpoStageConfig(**nothing, rewards={"functions": [monitor]})
+    PpoStageConfig(**nothing, rewards={"functions": [monitor | {"weight": 1.0}]})
+    PpoStageConfig(**nothing, rewards={"length_penalty": {"per_token": 0.1, "free_tokens": 5}})
+
+
+def test_a_tracker_that_does_not_exist_is_a_mistake_in_the_configuration() -> None:
+    [problem] = check(PpoStageConfig(**INPUTS, report_to=["tensorbord"]), "ppo")
+    assert problem.where == "ppo.report_to"
+    assert "tensorboard" in problem.message
+
+
+def test_best_needs_evaluations() -> None:
+    with pytest.raises(ValueError, match="set held_out"):
+        PpoStageConfig(**INPUTS, keep="best")
+
+
+def test_k1_in_the_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="k1 in the loss pulls nowhere"):
+        PpoStageConfig(**INPUTS, kl_in="loss")
 
 
 def test_last_rollout_is_full() -> None:

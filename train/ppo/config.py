@@ -10,9 +10,10 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from posttrain.config import DatasetRef, ForeignModelRef, ModelRef, StageConfig, StrictModel
-from posttrain.errors import Problem
+from posttrain.errors import Problem, UserError
 from train.config import PeftSettings
 from train.ppo.engines.config import RolloutConfig
+from train.ppo.reporting import check_reporters
 from train.ppo.reward_config import RewardsConfig, check_functions
 
 
@@ -274,6 +275,27 @@ class PpoStageConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _biases_stay(self) -> Self:
+        if self.peft is not None and self.peft.bias != "none":
+            raise ValueError(
+                f"peft.bias is {self.peft.bias}: trained biases are part of the base, which is also the "
+                "reference, and it would move with the policy. Leave it none, or set peft: null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_rewarded(self) -> Self:
+        rewards = self.rewards
+        others = [item.weight for item in rewards.functions]
+        penalties = (rewards.length_penalty, rewards.repetition_penalty)
+        if self.reward is None and not rewards.ensemble and not any(others) and not any(penalties):
+            raise ValueError(
+                "nothing is rewarded: give `reward`, a reward model, or a function under rewards.functions "
+                "with a weight other than 0"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _dropout_is_off(self) -> Self:
         if self.peft is not None and self.peft.lora_dropout:
             raise ValueError(
@@ -285,4 +307,9 @@ class PpoStageConfig(StageConfig):
 
 def check(config: PpoStageConfig, where: str) -> list[Problem]:
     """Mistakes that pydantic cannot see: reward functions and trackers that are not there."""
-    return check_functions(config.rewards, f"{where}.rewards")
+    problems = check_functions(config.rewards, f"{where}.rewards")
+    try:
+        check_reporters(config.report_to)
+    except UserError as error:
+        problems.append(Problem(f"{where}.report_to", str(error)))
+    return problems

@@ -167,12 +167,16 @@ def loss_weights(experience: Experience, config: PpoStageConfig, reduce: Reduce)
     return weights
 
 
-def require_finite(tensor: Tensor, name: str, step: int) -> None:
-    """Raise NotFiniteError, naming tensor and update, when an entry is NaN or infinite."""
-    bad = int((~torch.isfinite(tensor)).sum())
+def require_finite(tensor: Tensor, name: str, step: int, reduce: Reduce) -> None:
+    """Raise NotFiniteError, naming tensor and update, when an entry is NaN or infinite.
+
+    On every process or on none: one that stopped alone would leave the others waiting for it.
+    """
+    bad = (~torch.isfinite(tensor)).sum()
+    bad, total = reduce(torch.stack([bad, torch.full_like(bad, tensor.numel())])).tolist()
     if bad:
         raise NotFiniteError(
-            f"PPO update {step}: {bad} of {tensor.numel()} entries of {name} are not finite. Training "
+            f"PPO update {step}: {bad} of {total} entries of {name} are not finite. Training "
             "stopped before they reached the weights; lower learning_rate or max_grad_norm, turn bf16 "
             "off, or check the reward model."
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import UserError
 from train.ppo.batches import TokenBatch, length_buckets
 from train.ppo.checkpoint import read_weights, write_weights
 from train.ppo.config import PpoStageConfig
@@ -24,10 +25,22 @@ UNIFORMS_SEED = 2**31
 
 
 class HeldOutEvaluation:
-    """Samples responses to fixed prompts with fixed random numbers, so that two policies share their luck."""
+    """Samples responses to fixed prompts with fixed random numbers, so that two policies share their luck.
+
+    Raises UserError when there are fewer prompts than processes.
+    """
 
     def __init__(self, trainer: PpoTrainer, rewards: Rewards, prompts: list[list[int]]) -> None:
-        self.trainer, self.rewards, self.prompts = trainer, rewards, prompts
+        processes = trainer.accelerator.num_processes
+        if len(prompts) < processes:
+            raise UserError(
+                f"held_out has {len(prompts)} prompts for {processes} processes: raise "
+                f"held_out.num_prompts, or "
+                "hold more prompts out when the data set is curated"
+            )
+        self.trainer, self.rewards = trainer, rewards
+        # Equally many for every process.
+        self.prompts = prompts[: len(prompts) // processes * processes]
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
@@ -47,7 +60,7 @@ class HeldOutEvaluation:
         scores_B = shape_scores(
             result.total_B.to(accelerator.device), finished_B, config.missing_eos, config.reward_clip
         )
-        require_finite(scores_B, "the held-out scores", trainer.step)
+        require_finite(scores_B, "the held-out scores", trainer.step, trainer.reduce)
         values = {
             "held_out_score": scores_B,
             "held_out_kl": self._kl(rollout.prompts, rollout.responses),

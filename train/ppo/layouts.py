@@ -29,6 +29,17 @@ from train.ppo.networks import (
     Trunk,
 )
 
+CONTINUED = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+)
+"""Settings of `peft` that must be those of an SFT adapter that PPO continues."""
+
 ValueKind = Literal["model", "head"]
 
 
@@ -112,9 +123,12 @@ def _load_shared(config: PpoStageConfig, model_dir: Path, reward_dir: Path | Non
 def _check_continued(asked: PeftSettings, settings: LoraConfig, model: str) -> None:
     differing = [
         f"{name} {getattr(asked, name)} (the adapter has {getattr(settings, name)})"
-        for name in ("r", "lora_alpha", "use_rslora", "use_dora")
+        for name in CONTINUED
         if getattr(asked, name) != getattr(settings, name)
     ]
+    targets = settings.target_modules or []
+    if asked.target_modules != "all-linear" and set(asked.target_modules) != set(targets):
+        differing.append(f"target_modules {asked.target_modules} (the adapter has {sorted(targets)})")
     if differing:
         raise UserError(
             f"model: {model} is a LoRA adapter, which PPO trains on as it is, but peft asks for "
@@ -206,7 +220,7 @@ def shared_networks(
     for name, parameter in model.named_parameters():
         trained = f".{POLICY_ADAPTER}." in name or f".{VALUE_ADAPTER}." in name
         parameter.requires_grad_(trained and "lora_" in name)
-    return Networks(policy, critic, critic_head, reference, reward_trunk, reward_head)
+    return Networks(policy, critic, critic_head, reference, reward_trunk, reward_head, "shared")
 
 
 def _add_adapter(model: PeftModel, name: str, settings: LoraConfig, weights: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -162,8 +162,10 @@ class Networks(nn.Module):
         reference: Trunk,
         reward: Trunk | None,
         reward_head: ScoreHead | None,
+        layout: Literal["full", "shared"] = "full",
     ) -> None:
         super().__init__()
+        self.layout = layout
         self.policy_trunk, self.value_trunk = policy, value
         self.reference_trunk, self.reward_trunk = reference, reward
         # Registered once each, so that a base that several trunks share is one module with one set of names.
@@ -178,13 +180,6 @@ class Networks(nn.Module):
     def value_shares_trunk(self) -> bool:
         """Whether one forward pass gives log-probabilities and values."""
         return self.value_trunk == self.policy_trunk
-
-    @property
-    def layout(self) -> str:
-        """`shared` where policy and reward model or value network are one base, else `full`."""
-        others = [self.value_trunk, *([self.reward_trunk] if self.reward_trunk is not None else [])]
-        shared = any(trunk.model is self.policy_model and trunk != self.policy_trunk for trunk in others)
-        return "shared" if shared else "full"
 
     @contextmanager
     def sampling(self) -> Iterator[PreTrainedModel | PeftModel]:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -100,7 +101,7 @@ def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
     return summary(config, context.metrics()) | {
         "prompts": len(prompts.ids),
         "prompts_dropped": prompts.dropped,
-        "layout": config.layout if config.layout != "auto" else networks.layout,
+        "layout": networks.layout,
         "trained_parameters": {
             part: sum(p.numel() for p in parameters.values())
             for part, parameters in trainer.updater.trained.items()
@@ -184,6 +185,9 @@ def build_scorers(
     members = config.rewards.ensemble.models if config.rewards.ensemble is not None else []
     fields += [f"rewards.ensemble.models.{index}" for index in range(len(members))]
     loaded = load_reward_models(fields, context.path, context.path("model"))
+    for member in loaded:
+        if member.tokenizer is None:
+            require_positions(member.field, member.model, config)
 
     def scorers(rewards: RewardsConfig, rows: Dataset) -> Rewards:
         return build_rewards(
@@ -214,6 +218,16 @@ def build_accelerator(bf16: bool) -> Accelerator:
         raise PosttrainError(
             f"the launcher started {expected} processes and accelerate sees {accelerator.num_processes}: "
             "start with torchrun, or with an accelerate config whose distributed_type matches"
+        )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise UserError(
+            f"the launch configuration asks for {accelerator.distributed_type.value}, which PPO does not "
+            f"shard "
+            "with: launch it as plain multi-GPU (DDP); layout: shared keeps memory down"
         )
     return accelerator
 

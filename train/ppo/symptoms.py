@@ -128,7 +128,7 @@ def value_not_fitting(history: History) -> str | None:
     return (
         f"explained variance of the value network is {now:.2f} over the last {limits.recent_rows} updates: "
         "a constant would predict the returns better. Advantages are then mostly noise. Raise "
-        "`value_learning_rate` or `vf_coef`"
+        "`value_learning_rate`"
     )
 
 

@@ -124,7 +124,7 @@ class PpoTrainer:
             update_metrics = self.updater.run(experience, self.step, kl_coef)
         with clock.phase("sync"):
             self.engine.sync(self.networks.policy_model)
-        metrics = describe(experience, kl_coef, self._reduce, self.accelerator.gather) | update_metrics
+        metrics = describe(experience, kl_coef, self.reduce, self.accelerator.gather) | update_metrics
         self.samples = first_samples(experience)
         self.kl_coefficient.update(metrics["kl"], self.config.batch_size)
         self.step += 1
@@ -177,7 +177,7 @@ class PpoTrainer:
             )
         scores_B = result.total_B.to(device)
         self._last["scores"] = scores_B.tolist()
-        require_finite(scores_B, "the reward scores", step)
+        require_finite(scores_B, "the reward scores", step, self.reduce)
         mini_batches = split_rollout(rollout, config, self.pad_id, device, packed=self.networks.packed)
         lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
         mask_BR = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
@@ -200,14 +200,14 @@ class PpoTrainer:
             (reference_BR, "the reference's log-probabilities"),
             (values_BR, "the values"),
         ):
-            require_finite(tensor, name, step)
+            require_finite(tensor, name, step, self.reduce)
         finished_B = torch.tensor(rollout.finished, device=device)
         shaped_B = shape_scores(scores_B, finished_B, config.missing_eos, config.reward_clip)
         kl_BR = KL_ESTIMATORS[config.kl_estimator](logprobs_BR, reference_BR)
         kl_coef = self.kl_coefficient.value if config.kl_in == "reward" else 0.0
         rewards_BR = token_rewards(shaped_B, kl_BR, mask_BR, kl_coef)
         if config.whiten_rewards:
-            rewards_BR = whiten(rewards_BR, mask_BR, shift_mean=False, reduce=self._reduce)
+            rewards_BR = whiten(rewards_BR, mask_BR, shift_mean=False, reduce=self.reduce)
         advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, config.gamma, config.lam)
         trained_BR = loss_mask(mask_BR, finished_B, config.truncated)
         return Experience(
@@ -223,7 +223,7 @@ class PpoTrainer:
             reference_logprobs_BR=reference_BR,
             entropy_BR=entropy_BR,
             values_BR=values_BR,
-            advantages_BR=whiten(advantages_BR, trained_BR, reduce=self._reduce),
+            advantages_BR=whiten(advantages_BR, trained_BR, reduce=self.reduce),
             returns_BR=returns_BR,
         )
 
@@ -234,7 +234,8 @@ class PpoTrainer:
         )
         return self.updater.set_learning_rates(factor)
 
-    def _reduce(self, total: Tensor) -> Tensor:
+    def reduce(self, total: Tensor) -> Tensor:
+        """The sum over the processes."""
         return self.accelerator.reduce(total, "sum")
 
 

@@ -74,7 +74,7 @@ class PpoUpdate:
         `passes` is the number of passes taken (a fraction when it stopped inside one).
         """
         config = self.config
-        weights_BR = loss_weights(experience, config, lambda total: self.accelerator.reduce(total, "sum"))
+        weights_BR = loss_weights(experience, config, self._sum)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         rows: list[dict[str, float]] = []
         count = len(experience.mini_batches)
@@ -108,6 +108,8 @@ class PpoUpdate:
     ) -> tuple[dict[str, float], bool]:
         """One optimizer step of each part on one mini-batch; metrics, and whether target_kl forbade it."""
         metrics: dict[str, float] = {}
+        weight = torch.stack([micro.take(weights_BR).sum() for micro in micro_batches]).sum()
+        empty = self._sum(weight).item() == 0
         for parts in self.passes:
             metrics |= self._accumulate(parts, experience, micro_batches, weights_BR, step, kl_coef)
             limit = self.config.target_kl
@@ -119,10 +121,12 @@ class PpoUpdate:
                 parameters = list(self.trained[part].values())
                 self._sum_gradients(parameters)
                 norm = _clip(parameters, self.config.max_grad_norm)
-                require_finite(norm, f"grad_norm_{part}", step)
+                require_finite(norm, f"grad_norm_{part}", step, self._sum)
                 metrics[f"grad_norm_{part}"] = norm.item()
             for part in parts:
-                self.optimizers[part].step()
+                # Where every token is masked there is no gradient, and momentum alone must not move anything.
+                if not empty:
+                    self.optimizers[part].step()
                 self.optimizers[part].zero_grad()
         return metrics, False
 
@@ -138,6 +142,7 @@ class PpoUpdate:
         """Gradients of the mini-batch's losses, and the weighted means of their per-token terms."""
         sums: dict[str, Tensor] = {}
         deviation = torch.zeros((), device=self.accelerator.device)
+        losses: list[Tensor] = []
         for micro in micro_batches:
             weights_N = micro.take(weights_BR)
             terms: dict[str, Tensor] = {}
@@ -152,11 +157,12 @@ class PpoUpdate:
                 terms |= self._value_terms(experience, micro, values)
                 losses_N = losses_N + self.config.vf_coef * terms["loss_value"]
             loss = (losses_N * weights_N).sum()
-            require_finite(loss, "the loss", step)
+            losses.append(loss.detach())
             loss.backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + (term.detach() * weights_N).sum()
-        means = self.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+        require_finite(torch.stack(losses), "the loss", step, self._sum)
+        means = self._sum(torch.stack(list(sums.values())))
         metrics = dict(zip(sums, means.tolist(), strict=True))
         if "policy" in parts:
             metrics["ratio_deviation"] = self.accelerator.gather(deviation).max().item()
@@ -210,6 +216,9 @@ class PpoUpdate:
             self.config.cliprange_value,
         )
         return {"loss_value": value.loss, "vf_clipfrac": value.clipped}
+
+    def _sum(self, total: Tensor) -> Tensor:
+        return self.accelerator.reduce(total, "sum")
 
     def _sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Sum over the processes: each loss is already divided by the global number of tokens."""
