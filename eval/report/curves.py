@@ -135,6 +135,12 @@ CURVES: dict[str, tuple[Curve, ...]] = {
             "What PPO maximises. The gap between the curves is the price paid for leaving the reference.",
         ),
         Curve(
+            "Gold score",
+            {"reward/gold": "gold"},
+            "score per answer",
+            "Watched, never trained on. Falling while the reward rises is over-optimisation.",
+        ),
+        Curve(
             "KL to the reference",
             {"kl": "k1", "kl_k3": "k3"},
             "nats per answer",

@@ -117,7 +117,7 @@ def frontier_figures(pipelines: Sequence[Pipeline], results: Results) -> list[Fi
         ]
         if not marks:
             continue
-        trails = ppo_trails(pipelines, colours) if key == "rm" else []
+        trails = ppo_trails(pipelines, colours, "score" if key == "rm" else "reward/gold")
         caption = (
             "Up and left is better: more score for less drift from the reference. Crosses are intervals."
         )
@@ -145,12 +145,12 @@ def _range(interval: dict[str, Any]) -> tuple[float, float]:
     return interval["low"], interval["high"]
 
 
-def ppo_trails(pipelines: Sequence[Pipeline], colours: dict[str, int]) -> list[Line]:
-    """Score over KL per rollout of every PPO stage of the first pipeline."""
+def ppo_trails(pipelines: Sequence[Pipeline], colours: dict[str, int], metric: str) -> list[Line]:
+    """A metric over KL per rollout of every PPO stage of the first pipeline that logs it."""
     trails = []
     for stage in pipelines[0].stages:
         if stage.kind == "ppo":
-            points = [(row["kl"], row["score"]) for row in stage.metrics if {"kl", "score"} <= row.keys()]
+            points = [(row["kl"], row[metric]) for row in stage.metrics if {"kl", metric} <= row.keys()]
             points = [(x, y) for x, y in points if x is not None and y is not None]
             if points:
                 colour = colours.get(stage.name, 2)

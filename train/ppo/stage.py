@@ -288,7 +288,7 @@ def summary(config: PpoStageConfig, rows: list[dict[str, Any]]) -> dict[str, Any
         "score_first": rows[0]["score"],
         "kl_max": max(row["kl"] for row in rows),
         "kl_target": target,
-        "kl_under_target": None if target is None else result["kl"] <= target,
+        "kl_under_target": None if target is None else result["kl"] < target,
         "kl_coef": rows[-1]["kl_coef"],
         "episodes_per_second": rows[-1]["episodes"] / sum(row["seconds"] for row in rows),
     }
