@@ -167,6 +167,19 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         ),
         Curve("KL coefficient", {"kl_coef": "beta"}, "beta", "Weight of the KL penalty.", False),
         Curve(
+            "Seconds by phase",
+            {
+                "seconds_rollout": "rollout",
+                "seconds_scoring": "scoring",
+                "seconds_reference": "reference",
+                "seconds_update": "update",
+                "seconds_sync": "sync",
+            },
+            "seconds per rollout",
+            "Where the time of an update goes.",
+            False,
+        ),
+        Curve(
             "Policy update",
             {"approxkl": "approx KL", "clipfrac": "clipped share"},
             "",
