@@ -6,7 +6,7 @@ Runs configs/tiny/pipeline.yaml up to its reward model, then configs/tiny/over-o
 learned from few labelled pairs, PPO against each without a KL penalty, and against the weakest with one.
 Writes into runs/tiny-over-optimisation/: over-optimisation.html (one page, no script, no network), .svg (its
 figure) and .md (its tables, printed too). Finished stages are skipped, so an interrupted experiment goes on
-where it was; --no-run only reads what is there. About 15 minutes on two idle CPU cores.
+where it was; --no-run only reads what is there. About a quarter of an hour on two idle CPU cores.
 
 Departures from the paper: the gold reward is a program instead of a large reward model, proxies differ in
 pairs and not in parameters, and answers are scored on training prompts, as they are sampled.

@@ -140,7 +140,7 @@ def _fit_and_peak(axes: Axes, result: Result, colour: int) -> list[str]:
     curve = [(axes.px(end * i / 60), axes.py(result.fit(end * i / 60))) for i in range(61)]
     s = result.summary
     tip = f"{result.label}: gold {number(s.gold_peak)} at KL {number(s.kl_peak)}, update {s.peak_update}"
-    peak = dot(axes.px(s.kl_peak**0.5), axes.py(s.gold_peak), 5.5, f"fill ring c{colour}", tip)
+    peak = dot(axes.px(s.kl_peak**0.5), axes.py(s.gold_peak), 4.5, f"fill ring c{colour}", tip)
     return [path(curve, f"line dash faint c{colour}"), peak]
 
 
