@@ -10,10 +10,10 @@ export TOKENIZERS_PARALLELISM := false
 unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install triton-env demo test test-all lint format docs bench clean
+.PHONY: help install triton-env demo test test-all lint format docs bench overoptimisation clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 # torch first and pinned: the newest torch on PyPI brings gigabytes of CUDA libraries, the pin does not here.
 $(STAMP): pyproject.toml constraints.txt
@@ -51,6 +51,9 @@ docs: install ## regenerate the JSON schema of the configuration
 
 bench: install ## learning over three seeds, written to runs/seeds.html
 	$(BIN)/python scripts/bench_learning.py
+
+overoptimisation: install ## gold against proxy reward over sqrt(KL), written to runs/tiny-over-optimisation/
+	$(BIN)/python scripts/overoptimisation.py
 
 clean: ## remove environments, runs and caches
 	rm -rf $(VENV) $(TRITON_ENV) runs dist build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
