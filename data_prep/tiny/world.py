@@ -31,6 +31,10 @@ DEFECTS = (
     "no_greeting",
     "unfinished",
 )
+DEFECT_WEIGHTS = {"rude": 2, "rambling": 2, "no_greeting": 2, "unfinished": 2}
+"""How much more often than the others a defect of manner is drawn: this desk's manners are worse than its
+knowledge.
+"""
 MIXED_DEFECT_COUNTS = (0.30, 0.35, 0.25, 0.10)
 """Probability that a demonstration of mixed quality has 0, 1, 2 or 3 defects."""
 BUCKETS = 100
@@ -146,7 +150,8 @@ def _preference(rng, common, facts, prompt, *, label_noise: float, min_gap: floa
 
 def _draw_defects(rng: random.Random) -> list[str]:
     count = rng.choices(range(len(MIXED_DEFECT_COUNTS)), MIXED_DEFECT_COUNTS)[0]
-    return rng.sample(DEFECTS, count)
+    weights = [DEFECT_WEIGHTS.get(defect, 1) for defect in DEFECTS]
+    return list(dict.fromkeys(rng.sample(DEFECTS, count, counts=weights)))
 
 
 def _dialogue(

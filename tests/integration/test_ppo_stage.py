@@ -23,6 +23,7 @@ from posttrain.errors import DataError, PosttrainError, UserError
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.stage import execute_stage
 from train.ppo.config import PpoStageConfig
+from train.ppo.loop import append_json, rewind_json
 
 LORA = {"r": 4, "lora_alpha": 8}
 Settings = Callable[..., PpoStageConfig]
@@ -261,6 +262,32 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(
         load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("stopped", "whole")
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_lines_are_kept_whatever_a_response_holds(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end a line for Python's splitlines, and a policy may sample them."""
+    file = tmp_path / "samples.jsonl"
+    append_json(file, [{"step": step, "response": "a\u2028b\u0085c"} for step in (1, 2, 3)])
+    with open(file, "a") as open_file:
+        open_file.write('{"step": 4, "respon')
+    rewind_json(file, 2)
+    assert [json.loads(line)["step"] for line in file.read_text().split("\n") if line] == [1, 2]
+
+
+def test_sampling_settings_that_transformers_will_not_write_are_mended(
+    tmp_path: Path, settings: Settings, tiny_model_dir: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model)
+    (model / "generation_config.json").write_text(
+        '{"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2]}'
+    )
+    execute_stage("ppo", settings(model=str(model), total_episodes=4, peft=None), tmp_path / "ppo")
+    saved = json.loads((tmp_path / "ppo" / "model" / "generation_config.json").read_text())
+    assert saved["do_sample"] is True
+    stops = saved["eos_token_id"]
+    eos = load_tokenizer(model).eos_token_id
+    assert eos in (stops if isinstance(stops, list) else [stops])
 
 
 def test_a_nan_leaves_the_batch_it_came_with(

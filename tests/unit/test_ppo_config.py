@@ -51,6 +51,8 @@ def test_something_must_be_rewarded() -> None:
     with pytest.raises(ValueError, match="nothing is rewarded"):
         PpoStageConfig(**nothing, rewards={"functions": [monitor]})
     PpoStageConfig(**nothing, rewards={"functions": [monitor | {"weight": 1.0}]})
+    with pytest.raises(ValueError, match="nothing is rewarded"):
+        PpoStageConfig(**nothing, rewards={"repetition_penalty": {"ngram": 2, "weight": 0.0}})
     PpoStageConfig(**nothing, rewards={"length_penalty": {"per_token": 0.1, "free_tokens": 5}})
 
 
@@ -58,6 +60,13 @@ def test_a_tracker_that_does_not_exist_is_a_mistake_in_the_configuration() -> No
     [problem] = check(PpoStageConfig(**INPUTS, report_to=["tensorbord"]), "ppo")
     assert problem.where == "ppo.report_to"
     assert "tensorboard" in problem.message
+
+
+def test_a_horizon_that_could_make_the_coefficient_negative_is_refused() -> None:
+    short = {"type": "adaptive", "target": 8.0, "horizon": 100}
+    with pytest.raises(ValueError, match="horizon 100 is too short for batch_size 512"):
+        PpoStageConfig(**INPUTS, batch_size=512, kl_controller=short)
+    PpoStageConfig(**INPUTS, batch_size=256, kl_controller=short)
 
 
 def test_best_needs_evaluations() -> None:

@@ -203,7 +203,7 @@ class PpoStageConfig(StageConfig):
         False, description="Scale per-token rewards to variance 1; their mean stays."
     )
     reward_clip: float | None = Field(
-        None, gt=0, description="Clip reward-model scores to [-c, c]; null: none."
+        None, gt=0, description="Clip the reward (all sources together) to [-c, c]; null: none."
     )
     missing_eos: MissingEos = Field(MissingEos(), description="Responses without an end token.")
     kl_coef: float = Field(
@@ -275,6 +275,18 @@ class PpoStageConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
+    def _coefficient_stays_positive(self) -> Self:
+        controller = self.kl_controller
+        if controller.type == "adaptive" and 5 * controller.horizon <= self.batch_size:
+            raise ValueError(
+                f"kl_controller.horizon {controller.horizon} is too short for batch_size "
+                f"{self.batch_size}: one "
+                "rollout could move the coefficient below 0, which pays for KL. Use more than a fifth of "
+                "batch_size"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _biases_stay(self) -> Self:
         if self.peft is not None and self.peft.bias != "none":
             raise ValueError(
@@ -287,8 +299,10 @@ class PpoStageConfig(StageConfig):
     def _something_is_rewarded(self) -> Self:
         rewards = self.rewards
         others = [item.weight for item in rewards.functions]
-        penalties = (rewards.length_penalty, rewards.repetition_penalty)
-        if self.reward is None and not rewards.ensemble and not any(others) and not any(penalties):
+        repetition = rewards.repetition_penalty
+        if repetition is not None:
+            others.append(repetition.weight)
+        if self.reward is None and not rewards.ensemble and not rewards.length_penalty and not any(others):
             raise ValueError(
                 "nothing is rewarded: give `reward`, a reward model, or a function under rewards.functions "
                 "with a weight other than 0"

@@ -43,7 +43,7 @@ from train.ppo.engines.build import require_attention
 from train.ppo.engines.hf import HfSampler
 from train.ppo.experience import NotFiniteError, Rollout
 from train.ppo.layouts import load_networks
-from train.ppo.reward_config import RewardsConfig
+from train.ppo.reward_config import LengthPenalty, RewardsConfig
 from train.ppo.reward_mix import Rewards
 from train.ppo.reward_sources import NetworkReward, RewardBatch, RewardSource
 from train.ppo.rollout import encode_prompts
@@ -262,6 +262,10 @@ def make_subject(model: str, reward: str | None, peft: int | None, device: str |
     config = PpoStageConfig(
         model=model,
         reward=reward,
+        # Without a reward model the trainer is given `EvenTokens`; the configuration has to name something.
+        rewards=RewardsConfig(
+            length_penalty={"per_token": 0.01, "free_tokens": 0} if reward is None else None
+        ),
         data="built-in prompts",
         total_episodes=8 * len(prompts),
         batch_size=len(prompts),

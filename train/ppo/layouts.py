@@ -74,6 +74,10 @@ def _obstacle_to_sharing(config: PpoStageConfig, model_dir: Path, reward_dir: Pa
         return "it needs `peft`, since all weights of the policy are trained"
     if config.peft.modules_to_save:
         return f"peft.modules_to_save {config.peft.modules_to_save} are trained in full"
+    if is_adapter(model_dir):
+        sft = PeftConfig.from_pretrained(str(model_dir))
+        if not isinstance(sft, LoraConfig) or sft.bias != "none" or sft.modules_to_save:
+            return f"the SFT adapter ({config.model}) has trained more than LoRA matrices"
     if reward_dir is None:
         return None
     if not is_adapter(reward_dir):

@@ -76,9 +76,9 @@ class PpoLoop:
                     bar.advance()
                     last = trainer.step == config.num_updates
                     stop = agree(flag.requested, self._largest)
-                    if not last and (stop or trainer.step % config.save_every == 0):
+                    if stop or (not last and trainer.step % config.save_every == 0):
                         self._save()
-                    if stop and not last:
+                    if stop:
                         raise RequeueError(f"update {trainer.step} of {config.num_updates}")
         finally:
             reporter.end()
@@ -203,7 +203,9 @@ def append_json(path: Path, rows: list[dict[str, Any]]) -> None:
 def rewind_json(path: Path, step: int) -> None:
     """Drop the rows of updates after `step`, which will be made again."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # Not splitlines(), which also splits at the line separators that a response may hold.
+        with open(path, encoding="utf-8", newline="\n") as file:
+            lines = list(file)
         # A line cut short by a kill belongs to an update after the checkpoint.
         kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
         atomic_write_text(path, "".join(kept))

@@ -30,6 +30,7 @@ from train.ppo.packing import packed_attention, packed_positions
 POLICY_ADAPTER = "default"
 """peft saves the adapter of this name at the top of the model directory."""
 VALUE_ADAPTER, REWARD_ADAPTER, REFERENCE_ADAPTER = "value", "reward", "reference"
+TRIAL_TOKENS = 16
 PATH_TOLERANCE = 2e-3
 """Nats per token by which a faster way through the model may differ from its own logits (bf16 autocast is
 not on when it is tried).
@@ -52,6 +53,11 @@ class Trunk:
         """The transformers model itself; LoRA layers sit inside it."""
         model = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         return cast(PreTrainedModel, model)
+
+    def sees(self, tokens: int | None) -> bool:
+        """Whether attention reaches over so many tokens; None asks for nothing."""
+        window = self.plain.config.get_text_config().to_dict().get("sliding_window")
+        return tokens is None or window is None or window >= tokens
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -150,8 +156,7 @@ class PolicyTokens(NamedTuple):
 class Networks(nn.Module):
     """What PPO trains and what it is held against.
 
-    Kept in eval mode for the whole run: dropout is off in rollouts and updates alike. `frozen` names trunks
-    that are neither trained nor saved: the reference and, where it shares the base, the reward model.
+    Kept in eval mode for the whole run: dropout is off in rollouts and updates alike.
     """
 
     def __init__(
@@ -234,29 +239,41 @@ class Networks(nn.Module):
         return parts
 
     @torch.no_grad()
-    def choose_paths(self, prompts: list[list[int]], pad_id: int, *, packing: bool) -> None:
-        """Use the faster ways through the model from now on where they give what the plain one gives.
+    def choose_paths(
+        self, prompts: list[list[int]], pad_id: int, *, packing: bool, longest: int | None = None
+    ) -> None:
+        """Use the faster ways through the models from now on where they give what the plain one gives.
 
         fused: `linear_logprobs` instead of the model's logits; models that do more to their logits than one
         matrix (soft caps, scales, adapters on the head) keep the logits. packed: sequences end to end, if
-        `packing` asks for it; models whose attention is of another kind keep padded rows.
-        prompts: token ids to try it on, none empty.
+        `packing` asks for it; models whose attention is of another kind keep padded rows, and so do those
+        with a sliding window shorter than `longest`, the most tokens a sequence of the run can have.
+        prompts: token ids to try it on, none empty; the last few of each are used.
         """
         self.fused = self.packed = False
-        trial = [prompt[::-1] for prompt in prompts]
+        asked = [prompts[0][-TRIAL_TOKENS:], prompts[-1][-TRIAL_TOKENS // 2 :]]
+        answers = [prompt[::-1][:4] for prompt in asked]
+        device = self.value_head.bias.device
         padded, packed = (
-            TokenBatch.build(prompts, trial, pad_id, self.value_head.bias.device, packed=packed)
-            for packed in (False, True)
+            TokenBatch.build(asked, answers, pad_id, device, packed=packed) for packed in (False, True)
         )
         expected = self.policy(padded, 1.0).logprobs
         if plain_head(self.policy_trunk.plain.get_output_embeddings()):
             self.fused = True
             self.fused = _close(self.policy(padded, 1.0).logprobs, expected)
-        if packing:
-            try:
-                self.packed = _close(self.policy(packed, 1.0).logprobs, expected)
-            except NotImplementedError:
-                self.packed = False
+        if not packing or not all(trunk.sees(longest) for trunk in self._trunks()):
+            return
+        try:
+            ways = [(self.policy(packed, 1.0).logprobs, expected), (self.value(packed), self.value(padded))]
+            if self.reward_trunk is not None:
+                ways.append((self.reward(packed), self.reward(padded)))
+            self.packed = all(_close(found, wanted) for found, wanted in ways)
+        except NotImplementedError:
+            self.packed = False
+
+    def _trunks(self) -> list[Trunk]:
+        trunks = [self.policy_trunk, self.value_trunk, self.reference_trunk, self.reward_trunk]
+        return [trunk for trunk in trunks if trunk is not None]
 
     def _logprobs(self, trunk: Trunk, batch: TokenBatch, temperature: float, entropy: bool) -> PolicyTokens:
         if self.fused:

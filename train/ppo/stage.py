@@ -34,6 +34,7 @@ from posttrain.errors import PosttrainError, UserError
 from posttrain.hashing import adapter_base, fingerprint_tokenizer
 from posttrain.models import is_adapter, load_tokenizer
 from posttrain.stage import StageContext
+from train.merge import set_special_tokens
 from train.peft_setup import check_adapter, quiet_libraries
 from train.ppo.config import PpoStageConfig
 from train.ppo.engines.base import SamplingParams
@@ -60,7 +61,7 @@ def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
         tokenizer = load_tokenizer(context.path("model"))
         prompts = read_prompts(config, context, tokenizer, "train")
         networks = build_networks(config, context, accelerator, prompts, tokenizer)
-        generation_config = networks.policy_trunk.plain.generation_config
+        generation_config = end_with(networks.policy_trunk.plain, tokenizer)
         engine = build_engine(
             config.rollout,
             SamplingParams(config.max_new_tokens, config.temperature),
@@ -164,7 +165,12 @@ def build_networks(
         if trunk is not None:
             require_positions(name, trunk.plain, config)
     networks.to(accelerator.device)
-    networks.choose_paths(prompts.ids[:2], tokenizer.pad_token_id, packing=accelerator.device.type == "cpu")
+    networks.choose_paths(
+        prompts.ids[:2],
+        tokenizer.pad_token_id,
+        packing=accelerator.device.type == "cpu",
+        longest=config.max_prompt_tokens + config.max_new_tokens,
+    )
     if not networks.fused:
         context.console.print("ppo: this model's logits are not one matrix product; all of them are computed")
     return networks
@@ -210,9 +216,7 @@ def build_accelerator(bf16: bool) -> Accelerator:
     Raises PosttrainError when it does not see the processes that the launcher started.
     """
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no", cpu=not torch.accelerator.is_available()
-    )
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", cpu=not torch.cuda.is_available())
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise PosttrainError(
@@ -245,6 +249,22 @@ def require_positions(name: str, model: PreTrainedModel, config: PpoStageConfig)
         )
 
 
+def end_with(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The model's generation settings, ending with the tokenizer's end token, in a form that can be saved.
+
+    Some published models name a temperature without saying that they sample, which transformers reads but
+    refuses to write; better found out before training than after it.
+    """
+    set_special_tokens(model, tokenizer)
+    generation_config = model.generation_config
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True
+        generation_config.validate(strict=True)
+    return generation_config
+
+
 def save_policy(
     context: StageContext,
     networks: Networks,
@@ -256,8 +276,6 @@ def save_policy(
     Raises PosttrainError when the adapter on disk is not what was trained.
     """
     policy, model_dir = networks.policy_model, context.path("model").resolve()
-    generation_config.eos_token_id = tokenizer.eos_token_id
-    generation_config.pad_token_id = tokenizer.pad_token_id
     with context.staging("model") as directory:
         if isinstance(policy, PeftModel):
             settings = policy.peft_config[POLICY_ADAPTER]

@@ -81,7 +81,8 @@ class Sampler(Protocol):
         ...
 
     def sync(self, policy: nn.Module) -> None:
-        """Make the engine's weights those of the policy. Called on every process before each rollout."""
+        """Make the engine's weights those of the policy. Called on every process at the start, after a
+        checkpoint is loaded and after every update."""
         ...
 
     def close(self) -> None:
