@@ -264,7 +264,7 @@ def make_subject(model: str, reward: str | None, peft: int | None, device: str |
         reward=reward,
         # Without a reward model the trainer is given `EvenTokens`; the configuration has to name something.
         rewards=RewardsConfig(
-            length_penalty={"per_token": 0.01, "free_tokens": 0} if reward is None else None
+            length_penalty=None if reward else LengthPenalty(per_token=0.01, free_tokens=0)
         ),
         data="built-in prompts",
         total_episodes=8 * len(prompts),
