@@ -169,9 +169,11 @@ def test_tokenizer_mismatch_between_stages(
     config = curate_yaml(tmp_path, "rows.jsonl", kind="prompt", split={"by": "record"})
     data = posttrain("curate", config, "--output", "data", cwd=tmp_path)
     assert data.returncode == 0, data.stderr
-    arguments = (f"model={tiny_model_dir}", f"reward={other}", "data=data", "--output", "out")
-    error = error_of(posttrain("ppo", *arguments, cwd=tmp_path), 2)
-    assert f"model ({tiny_model_dir}) and reward ({other}) differ in chat template" in error
+    # PPO renders responses anew for such a reward model; an evaluation scores one set of tokens with all
+    models.
+    models = (f"models.sft={tiny_model_dir}", "baseline=sft", f"reward={other}")
+    error = error_of(posttrain("eval", *models, "prompts=data", "--output", "out", cwd=tmp_path), 2)
+    assert f"models.sft ({tiny_model_dir}) and reward ({other}) differ in chat template" in error
     assert "must share both" in error
     assert not (tmp_path / "out").exists()
 
