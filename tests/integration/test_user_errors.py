@@ -169,8 +169,7 @@ def test_tokenizer_mismatch_between_stages(
     config = curate_yaml(tmp_path, "rows.jsonl", kind="prompt", split={"by": "record"})
     data = posttrain("curate", config, "--output", "data", cwd=tmp_path)
     assert data.returncode == 0, data.stderr
-    # PPO renders responses anew for such a reward model; an evaluation scores one set of tokens with all
-    models.
+    # PPO renders responses anew for such a reward model; an evaluation scores the same tokens with all.
     models = (f"models.sft={tiny_model_dir}", "baseline=sft", f"reward={other}")
     error = error_of(posttrain("eval", *models, "prompts=data", "--output", "out", cwd=tmp_path), 2)
     assert f"models.sft ({tiny_model_dir}) and reward ({other}) differ in chat template" in error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from eval.rm_baselines import shorter_wins, tfidf_bradley_terry
 from eval.rm_report import PairScores, Settings, judge_summary, reward_report
 
-HH_RLHF = Path(__file__).parents[3] / "shared/data/hh_rlhf/harmless-base/test.jsonl.gz"
+SHARED = Path(os.environ.get("POSTTRAIN_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
+HH_RLHF = SHARED / "hh_rlhf/harmless-base/test.jsonl.gz"
 
 
 def pairs(
@@ -107,7 +109,10 @@ def test_tfidf_does_not_see_its_own_fold() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not HH_RLHF.exists(), reason="shared/data/hh_rlhf is not on this machine")
+@pytest.mark.skipif(
+    not HH_RLHF.exists(),
+    reason="no hh_rlhf here: set POSTTRAIN_SHARED_DATA to the folder of shared test data",
+)
 def test_baselines_on_human_pairs() -> None:
     """2,312 harmless-base pairs: published here as .553 for shorter, .630 for TF-IDF Bradley-Terry."""
     with gzip.open(HH_RLHF, "rt", encoding="utf-8") as file:
