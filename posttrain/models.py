@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "adapter_base",
+    "adapter_weight_names",
+    "check_score_head",
     "is_adapter",
     "load_causal_lm",
     "load_chat_tokenizer",
@@ -106,7 +108,7 @@ def load_reward_model(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     from transformers import AutoModelForSequenceClassification
 
     path = Path(path)
-    _check_score_head(path)
+    check_score_head(path)
     source = adapter_base(path) if is_adapter(path) else path
     model = _from_pretrained(AutoModelForSequenceClassification, source, dtype=torch.float32, num_labels=1)
     if is_adapter(path):
@@ -178,10 +180,10 @@ def _merged(base: PreTrainedModel, path: Path, task: str) -> PreTrainedModel:
     return merged.eval()
 
 
-def _check_score_head(path: Path) -> None:
-    """A reward model's files must hold the weight of its score head."""
+def check_score_head(path: Path) -> None:
+    """Raise UserError unless a reward model's files hold the weight of its score head."""
     if is_adapter(path):
-        names = _weight_names(path, _ADAPTER_WEIGHTS)
+        names = adapter_weight_names(path)
     else:
         names = _weight_names(
             path, ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -193,6 +195,11 @@ def _check_score_head(path: Path) -> None:
         "    train it with the reward stage; with PEFT the task type must be SEQ_CLS "
         "and `score` in modules_to_save"
     )
+
+
+def adapter_weight_names(path: Path) -> list[str]:
+    """The names of the tensors in an adapter directory, read without the tensors. Raises UserError."""
+    return _weight_names(path, _ADAPTER_WEIGHTS)
 
 
 def _weight_names(path: Path, candidates: tuple[str, ...]) -> list[str]:

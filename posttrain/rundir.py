@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,15 +113,34 @@ def missing_output(run_dir: Path, manifest: dict[str, Any]) -> str | None:
 
 
 def metric_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl in order; a last line cut off by a crash is left out."""
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
+    """The rows of metrics.jsonl in order; none when there is no file."""
+    return read_rows(run_dir / "metrics.jsonl")
+
+
+def append_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a file of JSON lines. Raises ValueError for a number that is not finite."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(_line(row) for row in rows)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, none of no file; a last line cut off by a crash is left out."""
+    if not file.is_file():
         return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
+    # Not splitlines(), which also splits at the line separators that a text may hold.
+    with file.open(encoding="utf-8", newline="\n") as stream:
+        return [json.loads(line) for line in stream if line.endswith("\n")]
+
+
+def truncate_rows(file: Path, step: int) -> None:
+    """Drop the rows whose "step" is after `step`, which a resumed run makes again."""
+    if file.is_file():
+        kept = [row for row in read_rows(file) if row["step"] <= step]
+        atomic_write_text(file, "".join(map(_line, kept)))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class RunDir:
@@ -160,14 +179,12 @@ class RunDir:
         atomic_write_json(self.path / "manifest.json", manifest)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Append one row to metrics.jsonl. Numbers that are not finite are written as null."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
+        """Append one row to metrics.jsonl. Raises ValueError for a number that is not finite."""
+        append_rows(self.path / "metrics.jsonl", [row])
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of metrics.jsonl that were written after `step`."""
-        rows = [row for row in metric_rows(self.path) if row["step"] <= step]
-        atomic_write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        truncate_rows(self.path / "metrics.jsonl", step)
 
     def check_ours(self) -> None:
         """Raise UserError when the directory holds files but was not made by posttrain."""

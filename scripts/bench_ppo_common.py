@@ -260,17 +260,3 @@ def best_seconds(work: Callable[[], None], device: str, repeats: int = 1, rounds
             work()
         timings.append((now(device) - start) / repeats)
     return min(timings)
-
-
-def matmul_throughput(settings: Settings) -> float:
-    """FLOP/s of one large square product in the run's precision: what MFU is measured against."""
-    import torch
-
-    size = 8192 if settings.device == "cuda" else 2048
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    left, right, out = (torch.ones(size, size, device=settings.device, dtype=dtype) for _ in range(3))
-
-    def work() -> None:
-        torch.mm(left, right, out=out)
-
-    return 2 * size**3 / best_seconds(work, settings.device)

@@ -19,7 +19,6 @@ from bench_ppo_common import (
     PeakMemory,
     Settings,
     flops,
-    matmul_throughput,
     now,
     prepare_process,
     products_seconds,
@@ -95,6 +94,11 @@ def update_floor(settings: Settings, prompts: list[list[int]], response_length: 
     The policy's and the value network's backbones see prompts and responses, the language-model head the
     responses. A chunk of padding, attention itself, losses and the optimizer are all left out.
     """
+    import torch
+
+    from train.ppo.throughput import matmul_throughput
+
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     lora = settings.layout == "shared"
     backbone, head = trained_products(settings, lora)
     passes = settings.num_ppo_epochs * settings.batch_size
@@ -104,7 +108,7 @@ def update_floor(settings: Settings, prompts: list[list[int]], response_length: 
         "seconds": products_seconds(backbone * 2, tokens, settings)
         + products_seconds(head, response_tokens, settings),
         "flops": flops(backbone * 2, tokens) + flops(head, response_tokens),
-        "matmul_flops_per_second": matmul_throughput(settings),
+        "matmul_flops_per_second": matmul_throughput(torch.device(settings.device), dtype),
     }
 
 

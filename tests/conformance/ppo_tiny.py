@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 from train.peft_setup import lora_config
+from train.ppo.advantages import summed_by
 from train.ppo.batches import TokenBatch
 from train.ppo.config import PpoStageConfig
 from train.ppo.engines.base import RolloutEngine
@@ -169,7 +170,7 @@ def ppo_trainer(
         config,
         accelerator,
         built,
-        Rewards(RewardsConfig(), [source], [], "cpu", lambda total: accelerator.reduce(total, "sum")),
+        Rewards(RewardsConfig(), [source], [], "cpu", summed_by(accelerator)),
         engine or HfSampler(EOS, pad_id, config.temperature),
         prompts(),
         eos_id=EOS,

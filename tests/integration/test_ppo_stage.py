@@ -21,9 +21,9 @@ from transformers import AutoModelForSequenceClassification
 
 from posttrain.errors import DataError, PosttrainError, UserError
 from posttrain.models import load_causal_lm, load_tokenizer
+from posttrain.rundir import append_rows, truncate_rows
 from posttrain.stage import execute_stage
 from train.ppo.config import PpoStageConfig
-from train.ppo.loop import append_json, rewind_json
 
 LORA = {"r": 4, "lora_alpha": 8}
 Settings = Callable[..., PpoStageConfig]
@@ -267,10 +267,10 @@ def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(
 def test_lines_are_kept_whatever_a_response_holds(tmp_path: Path) -> None:
     """U+2028 and U+0085 end a line for Python's splitlines, and a policy may sample them."""
     file = tmp_path / "samples.jsonl"
-    append_json(file, [{"step": step, "response": "a\u2028b\u0085c"} for step in (1, 2, 3)])
+    append_rows(file, [{"step": step, "response": "a\u2028b\u0085c"} for step in (1, 2, 3)])
     with open(file, "a") as open_file:
         open_file.write('{"step": 4, "respon')
-    rewind_json(file, 2)
+    truncate_rows(file, 2)
     assert [json.loads(line)["step"] for line in file.read_text().split("\n") if line] == [1, 2]
 
 

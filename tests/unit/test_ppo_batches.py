@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from train.ppo.batches import TokenBatch, length_buckets
+from train.ppo.batches import MicroBatch, TokenBatch, length_buckets
 from train.ppo.config import PpoStageConfig
-from train.ppo.experience import MicroBatch, Rollout, loss_mask, split_rollout
+from train.ppo.experience import Rollout, loss_mask, split_rollout
 from train.ppo.packing import packed_positions
 
 

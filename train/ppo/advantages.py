@@ -7,11 +7,18 @@ those of the global batch whatever the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 Reduce = Callable[[Tensor], Tensor]
+
+
+def summed_by(accelerator: Accelerator) -> Reduce:
+    """The reduction over the processes of `accelerator`."""
+    return partial(accelerator.reduce, reduction="sum")
 
 
 def local(total: Tensor) -> Tensor:

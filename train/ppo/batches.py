@@ -73,6 +73,29 @@ class TokenBatch:
         return sum(self.lengths)
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """Responses that go through the networks together: in the scoring pass and in every epoch alike.
+
+    rows: their indices in the process's rollout, [B].
+    """
+
+    rows: Tensor
+    tokens: TokenBatch
+
+    def take(self, whole_BR: Tensor) -> Tensor:
+        """This batch's response tokens out of a tensor of the whole rollout, rows in order, [N]."""
+        mask = self.tokens.response_mask_BR
+        return whole_BR[self.rows, : mask.shape[1]][mask]
+
+    def put(self, whole_BR: Tensor, values_N: Tensor) -> None:
+        """The reverse of `take`, in place."""
+        mask = self.tokens.response_mask_BR
+        part = torch.zeros(mask.shape, dtype=whole_BR.dtype, device=whole_BR.device)
+        part[mask] = values_N.to(whole_BR.dtype)
+        whole_BR[self.rows, : mask.shape[1]] = part
+
+
 def length_buckets(
     lengths: Sequence[int],
     rows: Sequence[int],
@@ -100,3 +123,27 @@ def length_buckets(
             groups[-1].append(row)
             tokens += size
     return groups
+
+
+def micro_batches(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    pad_id: int,
+    device: torch.device | str,
+    max_tokens: int,
+    max_rows: int | None = None,
+    *,
+    packed: bool = False,
+) -> list[MicroBatch]:
+    """The given rows of a rollout in groups that go through a network together, see `length_buckets`."""
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    return [
+        MicroBatch(
+            torch.tensor(group, device=device),
+            TokenBatch.build(
+                [prompts[i] for i in group], [responses[i] for i in group], pad_id, device, packed=packed
+            ),
+        )
+        for group in length_buckets(lengths, rows, max_tokens, max_rows, packed=packed)
+    ]

@@ -118,8 +118,7 @@ def read_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
         odd = sorted(weights.keys() ^ parameters.keys())
         raise UserError(
             f"{file} does not fit this model: {len(odd)} parameters are in one and not in the other, the "
-            f"first "
-            f"is {odd[0]}. Delete the checkpoints folder to begin again."
+            f"first is {odd[0]}. Delete the checkpoints folder to begin again."
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from posttrain.errors import PosttrainError
 from train.ppo.advantages import Reduce, explained_variance, masked_moments
-from train.ppo.batches import TokenBatch, length_buckets
+from train.ppo.batches import MicroBatch, micro_batches
 from train.ppo.config import PpoStageConfig
 from train.ppo.losses import kl_k1, kl_k3
 
@@ -34,29 +34,6 @@ class Rollout:
     finished: list[bool]
     sampled_logprobs: list[list[float]]
     indices: list[int]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Responses that go through the networks together: in the scoring pass and in every epoch alike.
-
-    rows: their indices in the process's rollout, [B].
-    """
-
-    rows: Tensor
-    tokens: TokenBatch
-
-    def take(self, whole_BR: Tensor) -> Tensor:
-        """This batch's response tokens out of a tensor of the whole rollout, rows in order, [N]."""
-        mask = self.tokens.response_mask_BR
-        return whole_BR[self.rows, : mask.shape[1]][mask]
-
-    def put(self, whole_BR: Tensor, values_N: Tensor) -> None:
-        """The reverse of `take`, in place."""
-        mask = self.tokens.response_mask_BR
-        part = torch.zeros(mask.shape, dtype=whole_BR.dtype, device=whole_BR.device)
-        part[mask] = values_N.to(whole_BR.dtype)
-        whole_BR[self.rows, : mask.shape[1]] = part
 
 
 @dataclass(frozen=True)
@@ -109,34 +86,20 @@ def split_rollout(
     The same rows with the same padding in the scoring pass and in the first epoch are what makes the first
     ratio exactly 1.
     """
-    prompts, responses = rollout.prompts, rollout.responses
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    share = len(prompts) // config.num_mini_batches
-    mini_batches = []
-    for start in range(0, len(prompts), share):
-        groups = length_buckets(
-            lengths,
+    share = len(rollout.prompts) // config.num_mini_batches
+    return [
+        micro_batches(
+            rollout.prompts,
+            rollout.responses,
             range(start, start + share),
+            pad_id,
+            device,
             config.micro_batch_tokens,
             config.micro_batch_size,
             packed=packed,
         )
-        mini_batches.append(
-            [
-                MicroBatch(
-                    torch.tensor(rows, device=device),
-                    TokenBatch.build(
-                        [prompts[i] for i in rows],
-                        [responses[i] for i in rows],
-                        pad_id,
-                        device,
-                        packed=packed,
-                    ),
-                )
-                for rows in groups
-            ]
-        )
-    return mini_batches
+        for start in range(0, len(rollout.prompts), share)
+    ]
 
 
 def loss_mask(mask_BR: Tensor, finished_B: Tensor, truncated: str) -> Tensor:
@@ -160,8 +123,8 @@ def loss_weights(experience: Experience, config: PpoStageConfig, reduce: Reduce)
     if config.loss_aggregation == "sequence":
         mask = mask / mask.sum(-1, keepdim=True).clamp(min=1)
     weights = torch.zeros_like(mask)
-    for micro_batches in experience.mini_batches:
-        rows = torch.cat([micro.rows for micro in micro_batches])
+    for mini_batch in experience.mini_batches:
+        rows = torch.cat([micro.rows for micro in mini_batch])
         total = reduce(mask[rows].sum())
         weights[rows] = mask[rows] / total if total > 0 else 0.0
     return weights

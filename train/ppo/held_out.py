@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import UserError
-from train.ppo.batches import TokenBatch, length_buckets
+from train.ppo.batches import micro_batches
 from train.ppo.checkpoint import read_weights, write_weights
 from train.ppo.config import PpoStageConfig
 from train.ppo.experience import require_finite
+from train.ppo.losses import kl_k1
 from train.ppo.reward_mix import Rewards
 from train.ppo.reward_sources import RewardBatch
 from train.ppo.rewards import shape_scores
@@ -35,8 +36,7 @@ class HeldOutEvaluation:
         if len(prompts) < processes:
             raise UserError(
                 f"held_out has {len(prompts)} prompts for {processes} processes: raise "
-                f"held_out.num_prompts, or "
-                "hold more prompts out when the data set is curated"
+                "held_out.num_prompts, or hold more prompts out when the data set is curated"
             )
         self.trainer, self.rewards = trainer, rewards
         # Equally many for every process.
@@ -45,8 +45,8 @@ class HeldOutEvaluation:
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
         """Means over the prompts of all processes: held_out_score (after the treatment of missing end
-        tokens),
-        held_out_kl (k1, nats per response), held_out_eos_rate, held_out_length, held_out/<reward source>.
+        tokens), held_out_kl (k1, nats per response), held_out_eos_rate, held_out_length, held_out/<reward
+        source>.
         """
         trainer, config = self.trainer, self.trainer.config
         accelerator = trainer.accelerator
@@ -69,31 +69,28 @@ class HeldOutEvaluation:
             **{f"held_out/{name}": part for name, part in result.parts.items()},
         }
         sums = torch.stack([value.to(accelerator.device).float().sum() for value in values.values()])
-        means = accelerator.reduce(sums, "sum") / len(self.prompts)
+        means = trainer.reduce(sums) / len(self.prompts)
         return dict(zip(values, means.tolist(), strict=True))
 
     def _kl(self, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         """k1 summed over each response, [B]."""
         trainer, config = self.trainer, self.trainer.config
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
-        kl_B = torch.zeros(len(prompts), device=trainer.accelerator.device)
-        for rows in length_buckets(
-            lengths, range(len(prompts)), config.micro_batch_tokens, packed=trainer.networks.packed
+        networks, device = trainer.networks, trainer.accelerator.device
+        kl_BR = torch.zeros(len(prompts), max(map(len, responses)), device=device)
+        for micro in micro_batches(
+            prompts,
+            responses,
+            range(len(prompts)),
+            trainer.pad_id,
+            device,
+            config.micro_batch_tokens,
+            packed=networks.packed,
         ):
-            tokens = TokenBatch.build(
-                [prompts[i] for i in rows],
-                [responses[i] for i in rows],
-                trainer.pad_id,
-                kl_B.device,
-                packed=trainer.networks.packed,
-            )
             with trainer.accelerator.autocast():
-                policy_N = trainer.networks.policy(tokens, config.temperature).logprobs
-                reference_N = trainer.networks.reference(tokens, config.temperature)
-            per_token_BR = torch.zeros(tokens.response_mask_BR.shape, device=kl_B.device)
-            per_token_BR[tokens.response_mask_BR] = policy_N - reference_N
-            kl_B[rows] = per_token_BR.sum(-1)
-        return kl_B
+                policy_N = networks.policy(micro.tokens, config.temperature).logprobs
+                reference_N = networks.reference(micro.tokens, config.temperature)
+            micro.put(kl_BR, kl_k1(policy_N, reference_N))
+        return kl_BR.sum(-1)
 
 
 @dataclass

@@ -15,7 +15,14 @@ from transformers import PreTrainedModel
 
 from posttrain.errors import UserError
 from posttrain.hashing import adapter_base, hash_path
-from posttrain.models import is_adapter, load_causal_lm, load_reward_model, read_calibration
+from posttrain.models import (
+    adapter_weight_names,
+    check_score_head,
+    is_adapter,
+    load_causal_lm,
+    load_reward_model,
+    read_calibration,
+)
 from train.config import PeftSettings
 from train.peft_setup import lora_config
 from train.ppo.config import PpoStageConfig
@@ -69,7 +76,8 @@ def load_networks(config: PpoStageConfig, model_dir: Path, reward_dir: Path | No
 
 def _obstacle_to_sharing(config: PpoStageConfig, model_dir: Path, reward_dir: Path | None) -> str | None:
     """Why policy, value network, reference and reward model cannot be adapters on one base; None if they
-    can."""
+    can.
+    """
     if config.peft is None:
         return "it needs `peft`, since all weights of the policy are trained"
     if config.peft.modules_to_save:
@@ -83,8 +91,8 @@ def _obstacle_to_sharing(config: PpoStageConfig, model_dir: Path, reward_dir: Pa
     if not is_adapter(reward_dir):
         return f"the reward model ({config.reward}) is a full model, not a LoRA adapter"
     settings = PeftConfig.from_pretrained(str(reward_dir))
-    weights = load_peft_weights(str(reward_dir), device="cpu")
-    others = [name for name in weights if "lora_" not in name and not name.endswith(".score.weight")]
+    names = adapter_weight_names(reward_dir)
+    others = [name for name in names if "lora_" not in name and not name.endswith(".score.weight")]
     if not isinstance(settings, LoraConfig) or others:
         return f"the reward model ({config.reward}) has trained more than LoRA and its score head"
     base = adapter_base(model_dir) if is_adapter(model_dir) else model_dir
@@ -98,8 +106,7 @@ def _load_full(config: PpoStageConfig, model_dir: Path, reward_dir: Path | None)
     if is_adapter(model_dir) and config.peft is not None:
         raise UserError(
             f"model: {config.model} is a LoRA adapter, which `peft` continues in layout: shared only. "
-            f"Merge it "
-            "first (stage: merge), or set peft: null to train all weights of the merged model."
+            "Merge it first (stage: merge), or set peft: null to train all weights of the merged model."
         )
     sft_model = load_causal_lm(model_dir)
     lora = lora_config(config.peft, TaskType.CAUSAL_LM)
@@ -141,14 +148,13 @@ def _check_continued(asked: PeftSettings, settings: LoraConfig, model: str) -> N
 
 
 def read_reward_adapter(directory: Path) -> RewardAdapter:
-    """The reward model in `directory`, which must be a SEQ_CLS LoRA adapter with a score head."""
+    """The reward model in `directory`, a SEQ_CLS LoRA adapter. Raises UserError when it has no score head."""
+    check_score_head(directory)
     settings = PeftConfig.from_pretrained(str(directory))
     assert isinstance(settings, LoraConfig)
     weights = load_peft_weights(str(directory), device="cpu")
-    scores = [name for name in weights if name.endswith(".score.weight")]
-    if len(scores) != 1:
-        raise UserError(f"{directory}: holds no score head; train it with the reward stage")
-    score = weights.pop(scores[0])
+    [name] = [name for name in weights if name.endswith(".score.weight")]
+    score = weights.pop(name)
     return RewardAdapter(settings, weights, score, read_calibration(directory)["bias"])
 
 

@@ -4,9 +4,7 @@ end.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain.errors import PosttrainError, RequeueError
 from posttrain.preemption import PreemptionFlag, agree
-from posttrain.rundir import atomic_write_text
+from posttrain.rundir import append_rows, truncate_rows
 from posttrain.stage import StageContext
 from train.ppo.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from train.ppo.config import PpoStageConfig
@@ -38,7 +36,6 @@ class PpoLoop:
     held_out: HeldOutEvaluation | None
 
     def __post_init__(self) -> None:
-        self.samples_file = self.context.run_dir / "samples.jsonl"
         self.best = Best.of(self.config, self.context.checkpoints)
         self.watch = Watch(
             kl_target=self.config.kl_controller.target, max_new_tokens=self.config.max_new_tokens
@@ -75,7 +72,7 @@ class PpoLoop:
                     bar.update(text=_headline(metrics))
                     bar.advance()
                     last = trainer.step == config.num_updates
-                    stop = agree(flag.requested, self._largest)
+                    stop = agree(flag.requested, self._sum)
                     if stop or (not last and trainer.step % config.save_every == 0):
                         self._save()
                     if stop:
@@ -84,9 +81,8 @@ class PpoLoop:
             reporter.end()
         self._choose()
 
-    def _largest(self, number: int) -> int:
-        accelerator = self.trainer.accelerator
-        return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).max())
+    def _sum(self, number: int) -> int:
+        return int(self.trainer.reduce(torch.tensor(number, device=self.trainer.accelerator.device)))
 
     def _update(self) -> dict[str, float]:
         try:
@@ -113,12 +109,12 @@ class PpoLoop:
         reporter.log(step, metrics)
         for warning in self.watch.observe(step, metrics):
             self.context.console.print(f"[yellow]warning[/yellow] ppo update {step}: {warning.message}")
-            append_json(
+            append_rows(
                 self.context.run_dir / "warnings.jsonl",
                 [{"step": step, "kind": warning.kind, "message": warning.message}],
             )
         if step % self.config.log_samples_every == 0 or step == self.config.num_updates:
-            append_json(self.samples_file, self._sample_rows())
+            append_rows(self.context.run_dir / "samples.jsonl", self._sample_rows())
 
     def _resume(self) -> None:
         trainer, run_dir = self.trainer, self.context.run_dir
@@ -133,7 +129,7 @@ class PpoLoop:
         if self.main:
             self.context.rewind(trainer.step)
             for name in ("samples.jsonl", "warnings.jsonl"):
-                rewind_json(run_dir / name, trainer.step)
+                truncate_rows(run_dir / name, trainer.step)
             (run_dir / OFFENDING_BATCH).unlink(missing_ok=True)
         self.watch.replay(self.context.metrics())
 
@@ -154,8 +150,7 @@ class PpoLoop:
         if self.best.score is None:
             self.context.console.print(
                 f"[yellow]warning[/yellow] ppo: no held-out evaluation had a KL under {self.best.max_kl}; "
-                f"the "
-                "last policy is kept. Raise held_out.max_kl or kl_coef."
+                "the last policy is kept. Raise held_out.max_kl or kl_coef."
             )
             return
         self.trainer.accelerator.wait_for_everyone()
@@ -165,9 +160,8 @@ class PpoLoop:
         )
 
     def _save_offender(self) -> str:
-        file = self.context.run_dir / f"{self.trainer.accelerator.process_index}-{OFFENDING_BATCH}"
-        if self.main:
-            file = self.context.run_dir / OFFENDING_BATCH
+        process = "" if self.main else f"{self.trainer.accelerator.process_index}-"
+        file = self.context.run_dir / f"{process}{OFFENDING_BATCH}"
         torch.save({"update": self.trainer.step + 1, **self.trainer.last_rollout()}, file)
         return f"the rollout (prompts, responses, scores) is in {file}"
 
@@ -191,21 +185,3 @@ class PpoLoop:
 def _headline(metrics: dict[str, float]) -> str:
     text = f"score {metrics['score']:.2f}  KL {metrics['kl']:.2f}"
     return text + (f"  gold {metrics['reward/gold']:.2f}" if "reward/gold" in metrics else "")
-
-
-def append_json(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a file of JSON lines."""
-    with open(path, "a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def rewind_json(path: Path, step: int) -> None:
-    """Drop the rows of updates after `step`, which will be made again."""
-    if path.exists():
-        # Not splitlines(), which also splits at the line separators that a response may hold.
-        with open(path, encoding="utf-8", newline="\n") as file:
-            lines = list(file)
-        # A line cut short by a kill belongs to an update after the checkpoint.
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        atomic_write_text(path, "".join(kept))

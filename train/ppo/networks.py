@@ -146,8 +146,9 @@ class ScoreHead(nn.Module):
 
 
 class PolicyTokens(NamedTuple):
-    """Of the response tokens of one batch, rows in order, float32 [N] each; entropy is zeros unless asked
-    for."""
+    """Of the response tokens of one batch, rows in order, float32 [N] each; entropy is zeros unless
+    asked for.
+    """
 
     logprobs: Tensor
     entropy: Tensor
@@ -194,20 +195,14 @@ class Networks(nn.Module):
 
     def policy(self, batch: TokenBatch, temperature: float, *, entropy: bool = False) -> PolicyTokens:
         """Log-probabilities of the response tokens and, where asked for, entropies."""
-        return self._logprobs(self.policy_trunk, batch, temperature, entropy)
+        return self._read(self.policy_trunk, batch, temperature, entropy)[0]
 
     def policy_and_value(
         self, batch: TokenBatch, temperature: float, *, entropy: bool = False
     ) -> tuple[PolicyTokens, Tensor]:
         """Both; from one forward pass where the value head sits on the policy's trunk."""
-        if not self.value_shares_trunk:
-            return self.policy(batch, temperature, entropy=entropy), self.value(batch)
-        trunk = self.policy_trunk
-        if self.fused:
-            hidden_ND = trunk.hidden(batch).index_select(0, batch.predict_N)
-            return self._fused(trunk, hidden_ND, batch, temperature, entropy), self.value_head(hidden_ND)
-        logits_NV, hidden_ND = (whole.index_select(0, batch.predict_N) for whole in trunk.logits(batch))
-        return _from_logits(logits_NV, batch, temperature, entropy), self.value_head(hidden_ND)
+        tokens, hidden_ND = self._read(self.policy_trunk, batch, temperature, entropy)
+        return tokens, self.value_head(hidden_ND) if self.value_shares_trunk else self.value(batch)
 
     def value(self, batch: TokenBatch) -> Tensor:
         """The value before each response token, [N]: it has seen the prompt and the tokens before."""
@@ -216,7 +211,7 @@ class Networks(nn.Module):
     @torch.no_grad()
     def reference(self, batch: TokenBatch, temperature: float) -> Tensor:
         """The reference's log-probabilities of the response tokens, [N]."""
-        return self._logprobs(self.reference_trunk, batch, temperature, False).logprobs
+        return self._read(self.reference_trunk, batch, temperature, False)[0].logprobs
 
     @torch.no_grad()
     def reward(self, batch: TokenBatch) -> Tensor:
@@ -275,21 +270,17 @@ class Networks(nn.Module):
         trunks = [self.policy_trunk, self.value_trunk, self.reference_trunk, self.reward_trunk]
         return [trunk for trunk in trunks if trunk is not None]
 
-    def _logprobs(self, trunk: Trunk, batch: TokenBatch, temperature: float, entropy: bool) -> PolicyTokens:
-        if self.fused:
-            hidden_ND = trunk.hidden(batch).index_select(0, batch.predict_N)
-            return self._fused(trunk, hidden_ND, batch, temperature, entropy)
-        logits_NV = trunk.logits(batch)[0].index_select(0, batch.predict_N)
-        return _from_logits(logits_NV, batch, temperature, entropy)
-
-    @staticmethod
-    def _fused(
-        trunk: Trunk, hidden_ND: Tensor, batch: TokenBatch, temperature: float, entropy: bool
-    ) -> PolicyTokens:
+    def _read(
+        self, trunk: Trunk, batch: TokenBatch, temperature: float, entropy: bool
+    ) -> tuple[PolicyTokens, Tensor]:
+        """What a trunk says of the response tokens, and the hidden states [N, D] that it is read off."""
+        if not self.fused:
+            logits_NV, hidden_ND = (whole.index_select(0, batch.predict_N) for whole in trunk.logits(batch))
+            return _from_logits(logits_NV, batch, temperature, entropy), hidden_ND
+        hidden_ND = trunk.hidden(batch).index_select(0, batch.predict_N)
         weight_VD = trunk.plain.get_output_embeddings().weight
-        return PolicyTokens(
-            *linear_logprobs(hidden_ND, weight_VD, batch.target_N, temperature, with_entropy=entropy)
-        )
+        fused = linear_logprobs(hidden_ND, weight_VD, batch.target_N, temperature, with_entropy=entropy)
+        return PolicyTokens(*fused), hidden_ND
 
 
 def _from_logits(logits_NV: Tensor, batch: TokenBatch, temperature: float, entropy: bool) -> PolicyTokens:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer
 from posttrain.models import load_chat_tokenizer, load_reward_model, score_ids
-from train.ppo.batches import TokenBatch, length_buckets
+from train.ppo.batches import length_buckets, micro_batches
 from train.ppo.networks import Networks
 from train.ppo.reward_config import LengthPenalty, RepetitionPenalty
 
@@ -92,19 +92,17 @@ class NetworkReward:
 
     def __call__(self, batch: RewardBatch) -> Tensor:
         device = self.networks.value_head.bias.device
-        lengths = [len(p) + len(r) for p, r in zip(batch.prompts, batch.responses, strict=True)]
-        scores_B = torch.empty(len(lengths), device=device)
-        packed = self.networks.packed
-        for rows in length_buckets(lengths, range(len(lengths)), self.max_tokens, packed=packed):
-            tokens = TokenBatch.build(
-                [batch.prompts[row] for row in rows],
-                [batch.responses[row] for row in rows],
-                self.pad_id,
-                device,
-                packed=packed,
-            )
-            scores = self.networks.reward(tokens)
-            scores_B[torch.tensor(rows, device=device)] = scores.float()
+        scores_B = torch.empty(len(batch.responses), device=device)
+        for micro in micro_batches(
+            batch.prompts,
+            batch.responses,
+            range(len(batch.responses)),
+            self.pad_id,
+            device,
+            self.max_tokens,
+            packed=self.networks.packed,
+        ):
+            scores_B[micro.rows] = self.networks.reward(micro.tokens).float()
         return scores_B
 
 

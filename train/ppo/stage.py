@@ -36,6 +36,7 @@ from posttrain.models import is_adapter, load_tokenizer
 from posttrain.stage import StageContext
 from train.merge import set_special_tokens
 from train.peft_setup import check_adapter, quiet_libraries
+from train.ppo.advantages import summed_by
 from train.ppo.config import PpoStageConfig
 from train.ppo.engines.base import SamplingParams
 from train.ppo.engines.build import build_engine
@@ -149,14 +150,14 @@ def build_networks(
     tokenizer: PreTrainedTokenizerBase,
 ) -> Networks:
     """Policy, value network, reference and, if it reads the policy's tokens, the reward model, on the
-    device."""
+    device.
+    """
     model_dir = context.path("model").resolve()
     reward_dir = None if config.reward is None else context.path("reward").resolve()
     if reward_dir is not None and fingerprint_tokenizer(reward_dir) != fingerprint_tokenizer(model_dir):
         context.console.print(
             "ppo: the reward model has a tokenizer or template of its own: responses are rendered anew for "
-            "it, "
-            "and the value network starts from the policy"
+            "it, and the value network starts from the policy"
         )
         reward_dir = None
     networks, layout = load_networks(config, model_dir, reward_dir)
@@ -204,7 +205,7 @@ def build_scorers(
             rows,
             max_tokens=config.micro_batch_tokens,
             device=accelerator.device,
-            reduce=lambda total: accelerator.reduce(total, "sum"),
+            reduce=summed_by(accelerator),
         )
 
     return scorers
@@ -230,8 +231,7 @@ def build_accelerator(bf16: bool) -> Accelerator:
     ):
         raise UserError(
             f"the launch configuration asks for {accelerator.distributed_type.value}, which PPO does not "
-            f"shard "
-            "with: launch it as plain multi-GPU (DDP); layout: shared keeps memory down"
+            "shard with: launch it as plain multi-GPU (DDP); layout: shared keeps memory down"
         )
     return accelerator
 

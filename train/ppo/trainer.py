@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from posttrain.errors import UserError
-from train.ppo.advantages import gae, whiten
+from train.ppo.advantages import gae, summed_by, whiten
 from train.ppo.config import PpoStageConfig
 from train.ppo.engines.base import RolloutEngine
 from train.ppo.experience import (
@@ -80,6 +80,7 @@ class PpoTrainer:
         self.prompts, self.eos_id, self.pad_id = prompts, eos_id, pad_id
         self.networks = networks.to(accelerator.device)
         self.updater = PpoUpdate(config, accelerator, networks)
+        self.reduce = summed_by(accelerator)
         self.kl_coefficient = KlCoefficient(config.kl_coef, config.kl_controller)
         self.flops = UpdateFlops(networks, torch.bfloat16 if config.bf16 else torch.float32)
         self.step = 0
@@ -233,10 +234,6 @@ class PpoTrainer:
             config.lr_scheduler_type, self.step, config.warmup_steps, config.num_updates
         )
         return self.updater.set_learning_rates(factor)
-
-    def reduce(self, total: Tensor) -> Tensor:
-        """The sum over the processes."""
-        return self.accelerator.reduce(total, "sum")
 
 
 def _padded(rows: list[list[float]], mask_BR: Tensor, dtype: torch.dtype) -> Tensor:

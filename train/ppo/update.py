@@ -1,9 +1,8 @@
 """The clipped updates of policy and value network on one rollout.
 
 Policy and value network are updated in passes of their own (unless the value head sits on the policy's
-trunk).
-They share no trained parameter, so the result is that of one pass, and only one of them holds activations and
-gradients at a time.
+trunk). They share no trained parameter, so the result is that of one pass, and only one of them holds
+activations and gradients at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from train.ppo.advantages import summed_by
+from train.ppo.batches import MicroBatch
 from train.ppo.config import PpoStageConfig
-from train.ppo.experience import Experience, MicroBatch, loss_weights, require_finite
+from train.ppo.experience import Experience, loss_weights, require_finite
 from train.ppo.losses import KL_ESTIMATORS, importance_weights, kl_k2, policy_loss, value_loss
 from train.ppo.networks import Networks, PolicyTokens
 
@@ -30,6 +31,7 @@ class PpoUpdate:
 
     def __init__(self, config: PpoStageConfig, accelerator: Accelerator, networks: Networks) -> None:
         self.config, self.accelerator, self.networks = config, accelerator, networks
+        self.reduce = summed_by(accelerator)
         self.trained = networks.trained()
         value_rate = config.value_learning_rate
         self.peak = {
@@ -70,11 +72,10 @@ class PpoUpdate:
 
         Stops early where the KL from the policy that wrote the rollout exceeds `target_kl`. Of
         ratio_deviation = max |ratio - 1| the metrics hold that of the first step, which is 0, and the largest
-        one.
-        `passes` is the number of passes taken (a fraction when it stopped inside one).
+        one. `passes` is the number of passes taken (a fraction when it stopped inside one).
         """
         config = self.config
-        weights_BR = loss_weights(experience, config, self._sum)
+        weights_BR = loss_weights(experience, config, self.reduce)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         rows: list[dict[str, float]] = []
         count = len(experience.mini_batches)
@@ -109,7 +110,7 @@ class PpoUpdate:
         """One optimizer step of each part on one mini-batch; metrics, and whether target_kl forbade it."""
         metrics: dict[str, float] = {}
         weight = torch.stack([micro.take(weights_BR).sum() for micro in micro_batches]).sum()
-        empty = self._sum(weight).item() == 0
+        empty = self.reduce(weight).item() == 0
         for parts in self.passes:
             metrics |= self._accumulate(parts, experience, micro_batches, weights_BR, step, kl_coef)
             limit = self.config.target_kl
@@ -121,7 +122,7 @@ class PpoUpdate:
                 parameters = list(self.trained[part].values())
                 self._sum_gradients(parameters)
                 norm = _clip(parameters, self.config.max_grad_norm)
-                require_finite(norm, f"grad_norm_{part}", step, self._sum)
+                require_finite(norm, f"grad_norm_{part}", step, self.reduce)
                 metrics[f"grad_norm_{part}"] = norm.item()
             for part in parts:
                 # Where every token is masked there is no gradient, and momentum alone must not move anything.
@@ -161,8 +162,8 @@ class PpoUpdate:
             loss.backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + (term.detach() * weights_N).sum()
-        require_finite(torch.stack(losses), "the loss", step, self._sum)
-        means = self._sum(torch.stack(list(sums.values())))
+        require_finite(torch.stack(losses), "the loss", step, self.reduce)
+        means = self.reduce(torch.stack(list(sums.values())))
         metrics = dict(zip(sums, means.tolist(), strict=True))
         if "policy" in parts:
             metrics["ratio_deviation"] = self.accelerator.gather(deviation).max().item()
@@ -217,9 +218,6 @@ class PpoUpdate:
         )
         return {"loss_value": value.loss, "vf_clipfrac": value.clipped}
 
-    def _sum(self, total: Tensor) -> Tensor:
-        return self.accelerator.reduce(total, "sum")
-
     def _sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Sum over the processes: each loss is already divided by the global number of tokens."""
         if self.accelerator.num_processes == 1:
@@ -228,7 +226,7 @@ class PpoUpdate:
             flat = torch.cat(
                 [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in bucket]
             )
-            flat = self.accelerator.reduce(flat, "sum")
+            flat = self.reduce(flat)
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = part.view_as(parameter).clone()
 
