@@ -15,6 +15,7 @@ from data_prep.records import Kind
 from eval.generation import encode_prompt
 from eval.perplexity import ScoredRow, encode_conversation, encode_text
 from posttrain.errors import DataError
+from posttrain.models import whole_dialogue
 
 Message = dict[str, str]
 GoldScorer = Callable[[str, Mapping[str, Any], bool], Any]
@@ -104,7 +105,7 @@ def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> Pairs:
     for row in rows:
         lengths = []
         for side, ids_of_side in encoded.items():
-            text = tokenizer.apply_chat_template([*row["prompt"], *row[side]], tokenize=False)
+            text = whole_dialogue(tokenizer, [*row["prompt"], *row[side]])
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             lengths.append(len(ids))
             ids_of_side.append(ids[-max_tokens:])

@@ -23,12 +23,14 @@ __all__ = [
     "adapter_weight_names",
     "check_score_head",
     "is_adapter",
+    "is_calibrated",
     "load_causal_lm",
     "load_chat_tokenizer",
     "load_reward_model",
     "load_tokenizer",
     "read_calibration",
     "score_ids",
+    "whole_dialogue",
 ]
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -116,9 +118,14 @@ def load_reward_model(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     return model.eval(), read_calibration(path)
 
 
+def is_calibrated(path: Path) -> bool:
+    """Whether the reward model in `path` comes from the reward stage, which writes a calibration file."""
+    return (path / _CALIBRATION).is_file()
+
+
 def read_calibration(path: Path) -> dict[str, Any]:
     """The calibration {"bias": ...} of the reward model in `path`; a bias of 0 where there is none."""
-    if not (path / _CALIBRATION).is_file():
+    if not is_calibrated(path):
         return {"bias": 0.0}
     return json.loads((path / _CALIBRATION).read_text(encoding="utf-8"))
 
@@ -133,7 +140,8 @@ def score_ids(
 
     Padding may be on either side: positions come from the mask, and the place that is read does too
     (transformers' own pooling looks for the pad token, which fails when pad and end-of-sequence
-    coincide). The model may be plain or still under PEFT. Gradients flow if they are enabled.
+    coincide). The model may be plain or still under PEFT. Gradients flow if they are enabled. The head is
+    computed in the type of its weights, under autocast too.
     Raises ValueError when a row has no attended token.
     """
     import torch
@@ -150,8 +158,21 @@ def score_ids(
     places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     last_B = (mask_BT * places_T).argmax(dim=1)
     rows_B = torch.arange(mask_BT.shape[0], device=mask_BT.device)
-    scores_B1 = classifier.score(hidden_BTD[rows_B, last_B])
+    head_dtype = next(classifier.score.parameters()).dtype
+    with torch.autocast(input_ids_BT.device.type, enabled=False):
+        scores_B1 = classifier.score(hidden_BTD[rows_B, last_B].to(head_dtype))
     return scores_B1.squeeze(-1) - float(calibration["bias"])
+
+
+def whole_dialogue(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """A finished dialogue as a reward model reads it: the chat template's text, up to the end token.
+
+    Some templates (Qwen2.5's) write a line break after the end token, which the policy never samples and
+    at which no score may be read. Raises jinja2's TemplateError where the template refuses the dialogue.
+    """
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    bare = text.rstrip()
+    return bare if bare.endswith(str(tokenizer.eos_token)) else text
 
 
 def _torch_dtype(dtype: str) -> torch.dtype:

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from posttrain.errors import DataError, UserError
+from posttrain.models import whole_dialogue
 
 IGNORED = -100
 """Label of a token that carries no loss."""
@@ -98,20 +99,20 @@ def encode_conversations(
 def encode_whole(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], ids: Sequence[str]
 ) -> list[list[int]]:
-    """Token ids of dialogues that a reward model scores.
+    """Token ids of dialogues that a reward model scores; see `whole_dialogue`.
 
     Raises:
         DataError: a rendered dialogue does not end with the end-of-turn token, at which the score is read.
     """
-    batch: Any = tokenizer.apply_chat_template(list(conversations), return_dict=True)
-    rendered: list[list[int]] = batch["input_ids"]
+    texts = [whole_dialogue(tokenizer, messages) for messages in conversations]
+    rendered: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     end = tokenizer.eos_token_id
     open_ended = [name for name, row in zip(ids, rendered, strict=True) if row[-1] != end]
     if open_ended:
         raise DataError(
             f"{len(open_ended)} of {len(rendered)} rendered dialogues do not end with "
             f"{tokenizer.eos_token}, where the score is read. First ids: {_first(open_ended)}. "
-            "The chat template must end a dialogue with that token and nothing after it."
+            "The chat template must end a dialogue with that token and nothing but white space after it."
         )
     return rendered
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,10 @@ def test_a_dialogue_is_rendered_anew_and_ends_only_if_the_response_did(
     end = foreign_tokenizer.eos_token_id
     assert (done.count(end), cut_off.count(end)) == (2, 1)
     assert done[: len(cut_off)] == cut_off
+    # The reward stage trains without what its template writes after the end token.
+    ours = source_for(replace(source.loaded, to_end_token=True), policy_tokenizer)
+    assert foreign_tokenizer.decode(ours.encode(batch.responses[0], True, 0)) == opening + "</turn>"
+    assert ours.encode(batch.responses[1], False, 0) == cut_off
     scores = source(batch)
     expected = score_sequences(source.loaded, [done, cut_off], 1)
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import trl
 
 from posttrain.errors import DataError, UserError
 from posttrain.models import load_reward_model, load_tokenizer
 from tests.integration.conftest import file_names, load_adapter, read_rows
+from train.encode import encode_whole
 from train.reward_scores import score_dialogues
 
 
@@ -106,3 +111,36 @@ def test_full_training_saves_the_head(run_stage, tmp_path, tiny_model_dir, prefe
     model, calibration = load_reward_model(tmp_path / "run" / "model")
     assert model.config.num_labels == 1 and calibration["bias"] == 0.0
     assert model.config.pad_token_id == 0
+
+
+def test_reads_the_score_at_the_end_token_of_a_template_that_breaks_the_line_after_it(
+    run_stage, tmp_path, tiny_model_dir, preference_data, conversation_data, make_rows
+):
+    """Qwen2.5's own template, as TRL ships it: the last token of a rendered dialogue is a line break."""
+    model_dir = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, model_dir)
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen2_5.jinja"
+    shutil.copyfile(template, model_dir / "chat_template.jinja")
+    tokenizer = load_tokenizer(model_dir)
+    rows = make_rows["conversation"](2, 0)
+    dialogues, names = [row["messages"] for row in rows], [row["id"] for row in rows]
+    assert tokenizer.apply_chat_template(dialogues[0], tokenize=False).endswith("<|im_end|>\n")
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in encode_whole(tokenizer, dialogues, names))
+
+    metrics = run_stage(
+        "reward",
+        tmp_path / "run",
+        model=model_dir,
+        data=preference_data,
+        calibration_data=conversation_data,
+        trainer={"max_steps": 2},
+    )
+    assert metrics["train_pairs"] > 0 and metrics["n"] == 48
+
+
+def test_refuses_a_template_that_goes_on_after_the_end_token(tiny_tokenizer, make_rows):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template += "That was all."
+    rows = make_rows["conversation"](2, 0)
+    with pytest.raises(DataError, match=r"2 of 2 rendered dialogues do not end with <\|im_end\|>"):
+        encode_whole(tokenizer, [row["messages"] for row in rows], [row["id"] for row in rows])

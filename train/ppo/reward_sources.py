@@ -18,7 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer
-from posttrain.models import load_chat_tokenizer, load_reward_model, score_ids
+from posttrain.models import (
+    is_calibrated,
+    load_chat_tokenizer,
+    load_reward_model,
+    score_ids,
+    whole_dialogue,
+)
 from train.ppo.batches import length_buckets, micro_batches
 from train.ppo.networks import Networks
 from train.ppo.reward_config import LengthPenalty, RepetitionPenalty
@@ -54,12 +60,17 @@ class RewardSource(Protocol):
 
 @dataclass(frozen=True)
 class LoadedRewardModel:
-    """A reward model in memory. field: where the YAML names it. tokenizer: None when it is the policy's."""
+    """A reward model in memory. field: where the YAML names it. tokenizer: None when it is the policy's.
+
+    to_end_token: whether it was trained, as by the reward stage, without the white space that its template
+    may write after the end token.
+    """
 
     field: str
     model: PreTrainedModel
     calibration: dict[str, float]
     tokenizer: PreTrainedTokenizerBase | None
+    to_end_token: bool = False
 
 
 def load_reward_models(
@@ -78,7 +89,8 @@ def load_reward_models(
         model, calibration = load_reward_model(directory)
         same = fingerprint_tokenizer(directory) == policy
         tokenizer = None if same else load_chat_tokenizer(directory)
-        loaded.append(LoadedRewardModel(field, model.requires_grad_(False), calibration, tokenizer))
+        frozen, to_end_token = model.requires_grad_(False), is_calibrated(directory)
+        loaded.append(LoadedRewardModel(field, frozen, calibration, tokenizer, to_end_token))
     return loaded
 
 
@@ -174,13 +186,15 @@ class RetemplatedModelReward:
         where = f"{self.loaded.field}: the chat template of {self.tokenizer.name_or_path}"
         answer = {"role": "assistant", "content": response if finished else response + _END}
         try:
-            text = self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False)
+            if self.loaded.to_end_token:
+                text = whole_dialogue(self.tokenizer, [*prompt, answer])
+            else:
+                text = str(self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
         except TemplateError as error:
             raise UserError(
                 f"{where} refuses a prompt of the data set ({error})\n"
                 "    use a reward model that reads such dialogues, or curate prompts without these turns"
             ) from error
-        assert isinstance(text, str)
         if finished:
             return text
         if _END not in text:
