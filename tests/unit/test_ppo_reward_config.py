@@ -97,13 +97,14 @@ def test_what_is_wrong_with_a_function_is_said_with_field_and_remedy(
     )
     (tmp_path / "rewards_broken.py").write_text("def polite(:\n")
     (tmp_path / "rewards_needy.py").write_text("import no_such_package_here\n")
+    (tmp_path / "rewards_rash.py").write_text("LIMIT = {}['limit']\n")
     monkeypatch.syspath_prepend(tmp_path)
     names = ["rewards_half:polite", "rewards_half:plite", "rewards_half:TABLE", "no_such_module:f"]
-    names += ["rewards_broken:polite", "rewards_needy:f"]
+    names += ["rewards_broken:polite", "rewards_needy:f", "rewards_rash:f"]
     config = RewardsConfig(functions=[{"function": name, "name": f"f{i}"} for i, name in enumerate(names)])
     problems = check_functions(config, "stages.ppo.rewards")
     assert [problem.where for problem in problems] == [
-        f"stages.ppo.rewards.functions.{index}.function" for index in range(1, 6)
+        f"stages.ppo.rewards.functions.{index}.function" for index in range(1, 7)
     ]
     texts = [str(problem) for problem in problems]
     assert "'rewards_half:plite': the module rewards_half defines no plite" in texts[0]
@@ -113,6 +114,8 @@ def test_what_is_wrong_with_a_function_is_said_with_field_and_remedy(
     assert "PYTHONPATH" in texts[2]
     assert "rewards_broken.py, line 1" in texts[3]
     assert "No module named 'no_such_package_here'" in texts[4]
+    assert "rewards_rash cannot be imported (KeyError: 'limit')" in texts[5]
+    assert texts[5].endswith("try `python -c 'import rewards_rash'`")
     with pytest.raises(ConfigError, match="rewards.functions.0.function") as caught:
         load_function("rewards_half:plite", "rewards.functions.0.function")
     assert caught.value.exit_code == 2

@@ -140,17 +140,19 @@ class RewardsConfig(StrictModel):
 def load_function(target: str, where: str) -> Callable[..., Any]:
     """The function `target` ("module:function"); the working directory is searched last.
 
-    where: the YAML field that names it. Raises ConfigError when the module cannot be imported, or has no
-    such attribute, or it cannot be called.
+    where: the YAML field that names it. Raises ConfigError when the module cannot be imported, whatever its
+    own code raises, or has no such attribute, or it cannot be called.
     """
     module_name, _, attribute = target.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError) as error:
-        problem = f"{target!r}: the module {module_name} cannot be imported ({error})"
+    except Exception as error:  # a user's module may raise anything
+        problem = f"{target!r}: the module {module_name} cannot be imported ({type(error).__name__}: {error})"
         remedy = "correct the name, start in the directory that holds it, or put that on PYTHONPATH"
+        if not isinstance(error, ImportError):
+            remedy = f"the error is in the code that runs on import: try `python -c 'import {module_name}'`"
         raise ConfigError([Problem(where, problem, remedy)]) from error
     members = vars(module)
     if attribute not in members:
