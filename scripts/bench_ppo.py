@@ -3,6 +3,7 @@
     python scripts/bench_ppo.py                                  # CPU, all weights trained on both sides
     python scripts/bench_ppo.py --layout shared                  # LoRA: one backbone against the peer's PEFT
     python scripts/bench_ppo.py --quick                          # seconds: does it run
+    python scripts/bench_ppo.py --preset learn --repeats 5       # a small model for 40 updates: do both learn
     python scripts/bench_ppo.py --sides ours --profile           # our side alone, and its operators
     python scripts/bench_ppo.py --device cuda --preset qwen-0.5b # bf16 on a GPU; also --preset llama-1b
 
@@ -20,14 +21,16 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, variance
 from typing import Any
 
 from bench_ppo_common import PRESETS, Settings
@@ -95,11 +98,11 @@ def summarise(runs: list[dict[str, Any]], settings: Settings) -> dict[str, float
     def of(measure: Any) -> float:
         return median(measure(run) for run in runs)
 
-    def mean(name: str) -> float:
+    def typical(name: str) -> float:
         return of(lambda run: average(run["updates"][settings.warmup :], name))
 
-    seconds = mean("seconds")
-    phases = {name: mean(name) for name in runs[0]["updates"][-1] if name.startswith("seconds_")}
+    seconds = typical("seconds")
+    phases = {name: typical(name) for name in runs[0]["updates"][-1] if name.startswith("seconds_")}
     parts = sum(phases.get(f"seconds_{name}", 0) for name in PHASES)
     parts += sum(value for name, value in phases.items() if name.startswith("seconds_scoring/"))
     summary = phases | {
@@ -107,13 +110,13 @@ def summarise(runs: list[dict[str, Any]], settings: Settings) -> dict[str, float
         "seconds_other": seconds - parts,
         "seconds_first": of(lambda run: run["updates"][0]["seconds"]),
         "episodes_per_second": settings.batch_size / seconds,
-        "response_tokens_per_second": settings.batch_size * mean("response_length") / seconds,
+        "response_tokens_per_second": settings.batch_size * typical("response_length") / seconds,
         "memory": of(lambda run: run["memory"]["peak"]),
         "memory_absolute": of(lambda run: run["memory"]["absolute"]),
-        "response_length": mean("response_length"),
+        "response_length": typical("response_length"),
         "rlhf_reward_first": of(lambda run: run["updates"][0]["rlhf_reward"]),
-        "rlhf_reward_last": of(lambda run: run["updates"][-1]["rlhf_reward"]),
-        "kl_last": of(lambda run: run["updates"][-1]["kl"]),
+        "rlhf_reward_last": of(lambda run: average(closing(run), "rlhf_reward")),
+        "kl_last": of(lambda run: average(closing(run), "kl")),
     }
     if "seconds_scoring" not in summary:
         summary["seconds_scoring"] = sum(v for n, v in phases.items() if n.startswith("seconds_scoring/"))
@@ -126,6 +129,11 @@ def summarise(runs: list[dict[str, Any]], settings: Settings) -> dict[str, float
             "mfu": achieved / of(lambda run: run["floor"]["matmul_flops_per_second"]),
         }
     return summary
+
+
+def closing(run: dict[str, Any]) -> list[dict[str, float]]:
+    """The last quarter of a run's updates."""
+    return run["updates"][-max(1, len(run["updates"]) // 4) :]
 
 
 def average(rows: list[dict[str, float]], name: str) -> float:
@@ -144,8 +152,8 @@ def table(summaries: dict[str, dict[str, float]]) -> str:
         ("peak memory, GiB", "memory_absolute", ".2f", False),
         ("mean response, tokens", "response_length", ".1f", False),
         ("RLHF reward, first update", "rlhf_reward_first", ".3f", False),
-        ("RLHF reward, last update", "rlhf_reward_last", ".3f", False),
-        ("KL, last update", "kl_last", ".4f", False),
+        ("RLHF reward, last quarter of the updates", "rlhf_reward_last", ".3f", False),
+        ("KL, last quarter of the updates", "kl_last", ".4f", False),
     ]
     plain = {"response_length", "rlhf_reward_first", "rlhf_reward_last", "kl_last"}
     lines = [f"| | {' | '.join(summaries)} | ratio |", "|---|" + "---:|" * (len(summaries) + 1)]
@@ -159,6 +167,24 @@ def table(summaries: dict[str, dict[str, float]]) -> str:
             ours, peer = values
             ratio = f"{ours / peer if higher else peer / ours:.2f}x"
         lines.append(f"| {title} | {' | '.join(cells)} | {ratio} |")
+    return "\n".join(lines)
+
+
+def rewards(runs: list[dict[str, Any]], sides: Sequence[str]) -> str:
+    """What each side gained, run by run, and whether the difference is more than the runs' own spread."""
+    gains = {}
+    for side in sides:
+        own = [run for run in runs if run["side"] == side]
+        gains[side] = [average(closing(run), "rlhf_reward") - run["updates"][0]["rlhf_reward"] for run in own]
+    lines = [
+        f"{side}, RLHF reward gained over the first update: mean {mean(values):.3f} of "
+        + ", ".join(f"{value:.3f}" for value in values)
+        for side, values in gains.items()
+    ]
+    if len(sides) == 2 and min(map(len, gains.values())) > 1:
+        ours, peer = gains.values()
+        error = math.sqrt(sum(variance(values) / len(values) for values in (ours, peer)))
+        lines.append(f"difference {mean(ours) - mean(peer):+.3f}, standard error {error:.3f}")
     return "\n".join(lines)
 
 
@@ -263,7 +289,7 @@ def main() -> int:
         f"{settings.clock} clock), {environment['date']}\n"
         f"load before each run: {loads}; versions: {versions}\n"
     )
-    print(table(summaries), details(summaries), sep="\n\n")
+    print(table(summaries), details(summaries), rewards(runs, options.sides), sep="\n\n")
     for run in runs:
         if "profile" in run:
             print(run["profile"])
