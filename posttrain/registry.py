@@ -72,7 +72,7 @@ STAGES: dict[str, StageSpec] = {
             "train.ppo.stage:run",
             "Optimise a reward model with PPO.",
             check="train.ppo.config:check",
-            version=2,
+            version=3,
         ),
         _spec(
             "eval",

@@ -34,7 +34,7 @@ def make_trainer(settings: Settings, folder: Path, seed: int) -> Any:
 
     from train.ppo.config import PpoStageConfig
     from train.ppo.engines.hf import HfSampler
-    from train.ppo.layouts import load_networks
+    from train.ppo.layouts import load_networks, make_ready
     from train.ppo.reward_config import RewardsConfig
     from train.ppo.reward_mix import Rewards
     from train.ppo.reward_sources import NetworkReward
@@ -63,9 +63,8 @@ def make_trainer(settings: Settings, folder: Path, seed: int) -> Any:
     )
     accelerator = Accelerator(cpu=settings.device == "cpu", mixed_precision="bf16" if config.bf16 else "no")
     networks, _ = load_networks(config, Path(config.model), Path(config.reward or ""))
-    networks.to(accelerator.device)
     prompts = json.loads((folder / "prompts.json").read_text(encoding="utf-8"))
-    networks.choose_paths(prompts[:2], PAD, packing=settings.device == "cpu")
+    make_ready(networks, config, accelerator.device, prompts, PAD)
     reward = NetworkReward(networks, config.micro_batch_tokens, PAD)
     return PpoTrainer(
         config,

@@ -23,6 +23,7 @@ from posttrain.errors import DataError, PosttrainError, UserError
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.rundir import append_rows, truncate_rows
 from posttrain.stage import execute_stage
+from train.ppo import held_out
 from train.ppo.config import PpoStageConfig
 
 LORA = {"r": 4, "lora_alpha": 8}
@@ -307,6 +308,18 @@ def test_a_nan_leaves_the_batch_it_came_with(
     saved = torch.load(file, weights_only=True)
     assert saved["update"] == 1
     assert len(saved["prompts"]) == len(saved["responses"]) == len(saved["scores"]) == 4
+
+
+def test_a_nan_in_an_evaluation_leaves_the_responses_of_the_evaluation(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "shape_scores", lambda scores_B, *_: scores_B * float("nan"))
+    config = settings(held_out={"every": 1, "num_prompts": 3})
+    with pytest.raises(PosttrainError, match=r"update 1: 3 of 3 entries of the held-out scores"):
+        execute_stage("ppo", config, tmp_path / "ppo")
+    saved = torch.load(tmp_path / "ppo" / "offending_batch.pt", weights_only=True)
+    assert saved["update"] == 1
+    assert len(saved["prompts"]) == len(saved["responses"]) == len(saved["scores"]) == 3
 
 
 def test_functions_alone_can_be_the_reward(tmp_path: Path, settings: Settings) -> None:

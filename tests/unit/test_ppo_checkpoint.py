@@ -13,6 +13,7 @@ from torch import nn
 
 from posttrain.errors import PosttrainError
 from train.ppo.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from train.ppo.held_out import Best
 
 
 @pytest.fixture
@@ -38,6 +39,36 @@ def test_round_trip_restores_weights_state_and_random_numbers(
     assert state == {"step": 3, "kl_coef": 0.1}
     assert torch.equal(other["weight"], torch.arange(3.0))
     assert (random.random(), np.random.rand(), torch.rand(2).tolist()) == expected
+
+
+def test_the_best_weights_go_back_with_the_checkpoint(tmp_path: Path, accelerator: Accelerator) -> None:
+    """A run killed after a better evaluation than the checkpoint knows of resumes with the checkpoint's."""
+    best = Best(tmp_path / "best.pt", max_kl=None)
+    known, later = {"weight": nn.Parameter(torch.ones(2))}, {"weight": nn.Parameter(torch.zeros(2))}
+    assert best.offer(1, {"held_out_score": 0.5, "held_out_kl": 0.0})
+    best.save(known)
+    state = {"best": best.state_dict()}
+    save_checkpoint(tmp_path, 2, parameters(), state, accelerator, keep=2, companions=best.files)
+    assert best.offer(3, {"held_out_score": 0.9, "held_out_kl": 0.0})
+    best.save(later)
+
+    checkpoint = complete_checkpoints(tmp_path)[-1]
+    for _ in range(2):
+        resumed = Best(tmp_path / "best.pt", max_kl=None)
+        resumed.load_state_dict(load_checkpoint(checkpoint, parameters(), accelerator)["best"])
+        resumed.recall(checkpoint.path)
+        found = {"weight": nn.Parameter(torch.full((2,), 7.0))}
+        resumed.restore(found)
+        assert (resumed.step, found["weight"].tolist()) == (1, [1.0, 1.0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "step-2"]
+
+
+def test_a_checkpoint_that_knows_no_best_leaves_none(tmp_path: Path, accelerator: Accelerator) -> None:
+    best = Best(tmp_path / "best.pt", max_kl=None)
+    save_checkpoint(tmp_path, 2, parameters(), {}, accelerator, keep=2, companions=best.files)
+    best.save({"weight": nn.Parameter(torch.zeros(2))})
+    best.recall(complete_checkpoints(tmp_path)[-1].path)
+    assert best.files == []
 
 
 def test_keeps_the_last_ones_by_number(tmp_path: Path, accelerator: Accelerator) -> None:

@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,13 @@ def save_checkpoint(
     state: dict[str, Any],
     accelerator: Accelerator,
     keep: int,
+    companions: Sequence[Path] = (),
 ) -> None:
     """Write step-N beside its final place, fsync, mark it complete, rename; then drop all but the last
     `keep`.
 
-    Called by all processes. Raises OSError when the disk is full or not writable; what was there stays valid.
+    companions: finished files that belong to it, taken in as they are now. Called by all processes. Raises
+    OSError when the disk is full or not writable; what was there stays valid.
     """
     staging = root / f".step-{step}.partial"
     if accelerator.is_main_process:
@@ -56,6 +59,8 @@ def save_checkpoint(
     if accelerator.is_main_process:
         _write(staging / WEIGHTS, _on_cpu(parameters))
         _write(staging / STATE, state)
+        for companion in companions:
+            share_file(companion, staging / companion.name)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         sizes = {file.name: file.stat().st_size for file in sorted(staging.iterdir())}
@@ -109,6 +114,23 @@ def write_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:
     _write(partial, _on_cpu(parameters))
     partial.replace(file)
     fsync_path(file.parent)
+
+
+def share_file(source: Path, target: Path) -> None:
+    """Make `target` what `source` is now, by a hard link where the file system has them, else by a copy.
+
+    Files here are replaced and never written to, so neither sees what becomes of the other.
+    """
+    partial = target.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:
+        shutil.copyfile(source, partial)
+        fsync_path(partial)
+    partial.replace(target)
+    partial.unlink(missing_ok=True)  # renaming one link of a file to another does nothing
+    fsync_path(target.parent)
 
 
 def read_weights(file: Path, parameters: dict[str, nn.Parameter]) -> None:

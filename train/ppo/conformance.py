@@ -42,7 +42,7 @@ from train.ppo.config import PpoStageConfig
 from train.ppo.engines.build import require_attention
 from train.ppo.engines.hf import HfSampler
 from train.ppo.experience import NotFiniteError, Rollout
-from train.ppo.layouts import load_networks
+from train.ppo.layouts import load_networks, make_ready
 from train.ppo.reward_config import LengthPenalty, RewardsConfig
 from train.ppo.reward_mix import Rewards
 from train.ppo.reward_sources import NetworkReward, RewardBatch, RewardSource
@@ -164,8 +164,7 @@ class Subject:
         policy = networks.policy_model
         require_attention(policy, "hf")
         require_positions("model", networks.policy_trunk.plain, self.config)
-        networks.to(self.device)
-        networks.choose_paths(self.prompts[:2], self.pad_id, packing=self.device.type == "cpu")
+        make_ready(networks, self.config, self.device, self.prompts, self.pad_id)
         source: RewardSource = EvenTokens()
         if networks.reward_trunk is not None:
             source = NetworkReward(networks, self.config.micro_batch_tokens, self.pad_id)

@@ -19,7 +19,11 @@ SAMPLES_KEPT = 4
 
 
 class NotFiniteError(PosttrainError):
-    """A NaN or an infinity on its way to the weights."""
+    """A NaN or an infinity on its way to the weights, in update `step`."""
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ def require_finite(tensor: Tensor, name: str, step: int, reduce: Reduce) -> None
         raise NotFiniteError(
             f"PPO update {step}: {bad} of {total} entries of {name} are not finite. Training "
             "stopped before they reached the weights; lower learning_rate or max_grad_norm, turn bf16 "
-            "off, or check the reward model."
+            "off, or check the reward model.",
+            step,
         )
 
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from posttrain.errors import UserError
 from train.ppo.batches import micro_batches
-from train.ppo.checkpoint import read_weights, write_weights
+from train.ppo.checkpoint import read_weights, share_file, write_weights
 from train.ppo.config import PpoStageConfig
-from train.ppo.experience import require_finite
 from train.ppo.losses import kl_k1
 from train.ppo.reward_mix import Rewards
 from train.ppo.reward_sources import RewardBatch
@@ -60,7 +59,7 @@ class HeldOutEvaluation:
         scores_B = shape_scores(
             result.total_B.to(accelerator.device), finished_B, config.missing_eos, config.reward_clip
         )
-        require_finite(scores_B, "the held-out scores", trainer.step, trainer.reduce)
+        trainer.check_scores(scores_B, "the held-out scores", trainer.step)
         values = {
             "held_out_score": scores_B,
             "held_out_kl": self._kl(rollout.prompts, rollout.responses),
@@ -124,6 +123,21 @@ class Best:
         """Keep the weights of the policy."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_weights(self.file, parameters)
+
+    @property
+    def files(self) -> list[Path]:
+        """What a checkpoint must take along: the weights, if any are kept."""
+        return [self.file] if self.file.is_file() else []
+
+    def recall(self, checkpoint: Path) -> None:
+        """Go back to the weights that a checkpoint took along; those kept after it are of no state that is
+        known any more.
+        """
+        kept = checkpoint / self.file.name
+        if kept.is_file():
+            share_file(kept, self.file)
+        else:
+            self.file.unlink(missing_ok=True)
 
     def restore(self, parameters: dict[str, nn.Parameter]) -> None:
         """Put the kept weights back into the policy."""

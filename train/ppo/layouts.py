@@ -74,6 +74,28 @@ def load_networks(config: PpoStageConfig, model_dir: Path, reward_dir: Path | No
     return _load_shared(config, model_dir, reward_dir), "shared"
 
 
+def make_ready(
+    networks: Networks, config: PpoStageConfig, device: torch.device, prompts: list[list[int]], pad_id: int
+) -> None:
+    """Move freshly loaded networks to `device`, with the fast paths and the savings that `config` allows.
+
+    prompts: two are tried, none empty; see `Networks.choose_paths`. Raises UserError for a model that
+    `activation_checkpointing` does not fit.
+    """
+    # Tried in float32, and before the device holds anything.
+    networks.choose_paths(
+        prompts[:2],
+        pad_id,
+        packing=device.type == "cpu",
+        longest=config.max_prompt_tokens + config.max_new_tokens,
+    )
+    if config.bf16:
+        networks.hold_frozen_in(torch.bfloat16)
+    if config.activation_checkpointing:
+        networks.checkpoint_activations()
+    networks.to(device)
+
+
 def _obstacle_to_sharing(config: PpoStageConfig, model_dir: Path, reward_dir: Path | None) -> str | None:
     """Why policy, value network, reference and reward model cannot be adapters on one base; None if they
     can.

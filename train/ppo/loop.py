@@ -92,7 +92,7 @@ class PpoLoop:
                 if self.best.offer(self.trainer.step, metrics) and self.main and self.config.keep == "best":
                     self.best.save(self.policy)
         except NotFiniteError as error:
-            raise PosttrainError(f"{error}\n    {self._save_offender()}") from error
+            raise PosttrainError(f"{error}\n    {self._save_offender(error.step)}") from error
         return metrics
 
     def _evaluates(self) -> bool:
@@ -123,6 +123,8 @@ class PpoLoop:
             state = load_checkpoint(checkpoints[-1], self.parameters, trainer.accelerator)
             trainer.load_state_dict(state["trainer"])
             self.best.load_state_dict(state["best"])
+            if self.main:
+                self.best.recall(checkpoints[-1].path)
             self.context.console.print(
                 f"ppo: resuming after update {trainer.step} of {self.config.num_updates}"
             )
@@ -141,6 +143,7 @@ class PpoLoop:
             {"trainer": self.trainer.state_dict(), "best": self.best.state_dict()},
             self.trainer.accelerator,
             self.config.save_total_limit,
+            self.best.files,
         )
 
     def _choose(self) -> None:
@@ -159,10 +162,10 @@ class PpoLoop:
             f"ppo: keeping the policy of update {self.best.step}, held-out score {self.best.score:.3f}"
         )
 
-    def _save_offender(self) -> str:
+    def _save_offender(self, step: int) -> str:
         process = "" if self.main else f"{self.trainer.accelerator.process_index}-"
         file = self.context.run_dir / f"{process}{OFFENDING_BATCH}"
-        torch.save({"update": self.trainer.step + 1, **self.trainer.last_rollout()}, file)
+        torch.save({"update": step, **self.trainer.last_rollout()}, file)
         return f"the rollout (prompts, responses, scores) is in {file}"
 
     def _sample_rows(self) -> list[dict[str, Any]]:

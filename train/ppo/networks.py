@@ -26,6 +26,7 @@ from train.ppo.batches import TokenBatch
 from train.ppo.logprobs import linear_logprobs, plain_head, wide
 from train.ppo.losses import token_entropy, token_logprobs
 from train.ppo.packing import packed_attention, packed_positions
+from train.ppo.recompute import checkpoint_layers, restored_by
 
 POLICY_ADAPTER = "default"
 """peft saves the adapter of this name at the top of the model directory."""
@@ -60,15 +61,16 @@ class Trunk:
         return tokens is None or window is None or window >= tokens
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def active(self, part: nn.Module | None = None) -> Iterator[None]:
         """Switch this trunk's adapter on, and back afterwards. What is trainable does not change.
 
-        peft ties the two together (a switched-on adapter becomes trainable), so the flags are put back.
+        part: a module of the model, to switch nothing else. peft ties the two together (a switched-on adapter
+        becomes trainable), so the flags are put back.
         """
         if not isinstance(self.model, PeftModel):
             yield
             return
-        layers = [module for module in self.model.modules() if isinstance(module, ADAPTER_LAYERS)]
+        layers = [module for module in (part or self.model).modules() if isinstance(module, ADAPTER_LAYERS)]
         before = [(layer.active_adapters, layer.disable_adapters) for layer in layers]
         if all(state == self._wanted(layer) for state, layer in zip(before, layers, strict=True)):
             yield
@@ -88,7 +90,7 @@ class Trunk:
 
     def hidden(self, batch: TokenBatch) -> Tensor:
         """Hidden states at every place of the batch, [B * T, D]."""
-        with self.active(), _layout_of(batch, self.plain) as positions:
+        with self._over(batch) as positions:
             hidden_BTD = self.plain.base_model(
                 input_ids=batch.input_ids_BT, use_cache=False, **positions
             ).last_hidden_state
@@ -96,11 +98,21 @@ class Trunk:
 
     def logits(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """The model's own logits at every place, [B * T, V], and its last hidden states, [B * T, D]."""
-        with self.active(), _layout_of(batch, self.plain) as positions:
+        with self._over(batch) as positions:
             outputs = self.plain(
                 input_ids=batch.input_ids_BT, use_cache=False, output_hidden_states=True, **positions
             )
         return outputs.logits.flatten(0, 1), outputs.hidden_states[-1].flatten(0, 1)
+
+    @contextmanager
+    def _over(self, batch: TokenBatch, part: nn.Module | None = None) -> Iterator[dict[str, Tensor]]:
+        """What a forward pass over the batch runs under; gives the model's arguments besides the ids."""
+        with (
+            self.active(part),
+            _layout_of(batch, self.plain) as positions,
+            restored_by(lambda layer: self._over(batch, layer)),
+        ):
+            yield positions
 
 
 @contextmanager
@@ -140,9 +152,12 @@ class ScoreHead(nn.Module):
         self.register_buffer("bias", torch.tensor(float(bias)))
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
-        """Scores, float32 (float64 of a model in float64), [N]."""
-        scores_N = self.score(hidden_ND).squeeze(-1)
-        return scores_N.to(wide(scores_N.dtype)) - self.bias
+        """Scores, float32 (float64 of a model in float64), [N]; computed in that type under autocast too:
+        a score of 5 in bfloat16 is only known to 0.03.
+        """
+        dtype = wide(hidden_ND.dtype)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            return self.score(hidden_ND.to(dtype)).squeeze(-1) - self.bias
 
 
 class PolicyTokens(NamedTuple):
@@ -218,6 +233,30 @@ class Networks(nn.Module):
         """The reward model's score at the last token of each row, [B]."""
         assert self.reward_trunk is not None and self.reward_head is not None
         return self.reward_head(self.reward_trunk.hidden(batch).index_select(0, batch.last_B))
+
+    def checkpoint_activations(self) -> None:
+        """Compute the layers of trained models again in the backward pass instead of keeping activations.
+
+        Raises UserError where a model's layers do not allow it.
+        """
+        for model in _distinct(self.policy_trunk.plain, self.value_trunk.plain):
+            checkpoint_layers(cast(PreTrainedModel, model))
+
+    @torch.no_grad()
+    def hold_frozen_in(self, dtype: torch.dtype) -> None:
+        """Keep the matrices of linear layers that are never trained in the type that autocast gives them.
+
+        Under autocast in that type nothing changes, to the bit: it would round the same float32 weights the
+        same way in every forward pass. Adapters, heads, norms and embeddings stay as they are.
+        """
+        kept = {id(trunk.plain.get_input_embeddings().weight) for trunk in self._trunks()}
+        for head in (self.value_head, self.reward_head):
+            kept |= {id(p) for p in head.parameters()} if head is not None else set()
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and "lora_" not in name:
+                weight = module.weight
+                if not weight.requires_grad and id(weight) not in kept:
+                    weight.data = weight.data.to(dtype)
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters that the optimizers move, by part ("policy", "value") and name."""

@@ -41,7 +41,7 @@ from train.ppo.config import PpoStageConfig
 from train.ppo.engines.base import SamplingParams
 from train.ppo.engines.build import build_engine
 from train.ppo.held_out import HeldOutEvaluation
-from train.ppo.layouts import load_networks
+from train.ppo.layouts import load_networks, make_ready
 from train.ppo.loop import PpoLoop
 from train.ppo.networks import POLICY_ADAPTER, Networks
 from train.ppo.reward_config import RewardsConfig
@@ -165,13 +165,8 @@ def build_networks(
     for name, trunk in (("model", networks.policy_trunk), ("reward", networks.reward_trunk)):
         if trunk is not None:
             require_positions(name, trunk.plain, config)
-    networks.to(accelerator.device)
-    networks.choose_paths(
-        prompts.ids[:2],
-        tokenizer.pad_token_id,
-        packing=accelerator.device.type == "cpu",
-        longest=config.max_prompt_tokens + config.max_new_tokens,
-    )
+    assert isinstance(tokenizer.pad_token_id, int)
+    make_ready(networks, config, accelerator.device, prompts.ids, tokenizer.pad_token_id)
     if not networks.fused:
         context.console.print("ppo: this model's logits are not one matrix product; all of them are computed")
     return networks

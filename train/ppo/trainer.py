@@ -115,11 +115,6 @@ class PpoTrainer:
         kl_coef, rates = self.kl_coefficient.value, self._schedule()
         with clock.phase("rollout"):
             rollout = self.generate()
-        self._last = {
-            "prompts": rollout.prompts,
-            "responses": rollout.responses,
-            "finished": rollout.finished,
-        }
         experience = self.collect(rollout, clock)
         with clock.phase("update"):
             update_metrics = self.updater.run(experience, self.step, kl_coef)
@@ -166,7 +161,14 @@ class PpoTrainer:
         cut = [truncate_at_eos(response, self.eos_id) for response in drawn.responses]
         responses = [response for response, _ in cut]
         logprobs = [row[: len(response)] for row, response in zip(drawn.logprobs, responses, strict=True)]
-        return Rollout(asked, responses, [finished for _, finished in cut], logprobs, indices)
+        rollout = Rollout(asked, responses, [finished for _, finished in cut], logprobs, indices)
+        self._last = {"prompts": asked, "responses": responses, "finished": rollout.finished}
+        return rollout
+
+    def check_scores(self, scores_B: Tensor, name: str, step: int) -> None:
+        """Note the scores of the last rollout. Raises NotFiniteError when one of them is not finite."""
+        self._last["scores"] = scores_B.tolist()
+        require_finite(scores_B, name, step, self.reduce)
 
     @torch.no_grad()
     def collect(self, rollout: Rollout, clock: Stopwatch) -> Experience:
@@ -177,8 +179,7 @@ class PpoTrainer:
                 RewardBatch(rollout.prompts, rollout.responses, rollout.finished, rollout.indices)
             )
         scores_B = result.total_B.to(device)
-        self._last["scores"] = scores_B.tolist()
-        require_finite(scores_B, "the reward scores", step, self.reduce)
+        self.check_scores(scores_B, "the reward scores", step)
         mini_batches = split_rollout(rollout, config, self.pad_id, device, packed=self.networks.packed)
         lengths = torch.tensor([len(response) for response in rollout.responses], device=device)
         mask_BR = torch.arange(int(lengths.max()), device=device) < lengths.unsqueeze(1)
