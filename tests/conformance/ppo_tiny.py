@@ -162,6 +162,7 @@ def ppo_trainer(
     AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16" if config.bf16 else "no")
     built = networks(config)
+    built.fuse_adapters()
     built.choose_paths([[5, 9, 12], [7, 30, 31, 8]], PAD, packing=packed)
     source: RewardSource = (
         TokenReward(reward) if reward else NetworkReward(built, max_tokens=256, pad_id=pad_id)

@@ -82,6 +82,7 @@ def make_ready(
     prompts: two are tried, none empty; see `Networks.choose_paths`. Raises UserError for a model that
     `activation_checkpointing` does not fit.
     """
+    networks.fuse_adapters()
     # Tried in float32, and before the device holds anything.
     networks.choose_paths(
         prompts[:2],

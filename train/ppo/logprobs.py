@@ -79,7 +79,7 @@ class _LinearLogprobs(torch.autograd.Function):
             logs, picked = _log_softmax(hidden[part], weight, target[part], temperature)
             logprobs[part] = picked
             if entropy or ahead:
-                probabilities = logs.exp()
+                probabilities = logs.exp() if entropy else logs.exp_()
             if entropy:
                 entropies[part] = -torch.linalg.vecdot(probabilities, logs)
             if slopes is not None:
@@ -133,7 +133,7 @@ def _log_softmax(hidden: Tensor, weight: Tensor, target: Tensor, temperature: fl
     logits = (hidden @ weight.T).to(wide(hidden.dtype))
     if temperature != 1.0:
         logits = logits / temperature
-    logs = logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))
+    logs = torch.log_softmax(logits, dim=-1)
     return logs, logs.gather(1, target.unsqueeze(1)).squeeze(1)
 
 

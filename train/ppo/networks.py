@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from train.ppo.batches import TokenBatch
 from train.ppo.logprobs import linear_logprobs, plain_head, wide
+from train.ppo.lora_linear import fuse_lora
 from train.ppo.losses import token_entropy, token_logprobs
 from train.ppo.packing import packed_attention, packed_positions
 from train.ppo.recompute import checkpoint_layers, restored_by
@@ -233,6 +234,11 @@ class Networks(nn.Module):
         """The reward model's score at the last token of each row, [B]."""
         assert self.reward_trunk is not None and self.reward_head is not None
         return self.reward_head(self.reward_trunk.hidden(batch).index_select(0, batch.last_B))
+
+    def fuse_adapters(self) -> None:
+        """Let LoRA layers compute what they compute in fewer passes over memory; see `lora_linear`."""
+        for model in _distinct(*(trunk.model for trunk in self._trunks())):
+            fuse_lora(model)
 
     def checkpoint_activations(self) -> None:
         """Compute the layers of trained models again in the backward pass instead of keeping activations.
