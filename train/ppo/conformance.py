@@ -163,7 +163,7 @@ class Subject:
         networks, layout = load_networks(self.config, self.model_dir, self.reward_dir)
         policy = networks.policy_model
         require_attention(policy, "hf")
-        require_positions("model", networks.policy_trunk.plain, self.config)
+        require_positions("model", networks.policy_trunk.plain.config, self.config)
         networks.to(self.device)
         networks.choose_paths(self.prompts[:2], self.pad_id, packing=self.device.type == "cpu")
         source: RewardSource = EvenTokens()
