@@ -98,7 +98,7 @@ def test_refuses_identical_sides(run_stage, tmp_path, tiny_model_dir, make_rows,
     rows[3]["rejected"] = rows[3]["chosen"]
     data = write_dataset(tmp_path / "data", "preference", rows, rows[:2])
     with pytest.raises(DataError, match=r"1 of 8 pairs .* preference-3"):
-        run_stage("reward", tmp_path / "run", model=tiny_model_dir, data=data)
+        run_stage("reward", tmp_path / "run", preflight=False, model=tiny_model_dir, data=data)
 
 
 def test_full_training_saves_the_head(run_stage, tmp_path, tiny_model_dir, preference_data):
