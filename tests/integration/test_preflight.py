@@ -257,3 +257,16 @@ def test_what_is_there_is_looked_at_before_anything_starts(pipeline, tmp_path):
     assert "override stages.ppo.max_prompt_tokens=3: stages.ppo.max_prompt_tokens: " in done.stderr
     assert "Raise it or curate shorter prompts" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("some-org/some-model", "some-org/some-model is on the Hugging Face Hub"),
+        ("/models/base", "/models/base: no such model"),
+    ],
+)
+def test_models_that_are_not_here_are_not_looked_at_yet(warned, tmp_path, conversation_data, model, reason):
+    warned("sft", f"sft: not looked at yet: model: {reason}", model=model, data=conversation_data)
+    done = command("check", tmp_path / "sft.yaml", "--json")
+    assert list(json.loads(done.stdout)["not_looked_at"]["sft"]) == ["model"]

@@ -29,6 +29,22 @@ def test_ppo_layout_that_the_reward_model_does_not_allow(ppo_refused):
     ppo_refused("layout", "shared is not possible", "is a full model", "Use layout: full", layout="shared")
 
 
+def test_ppo_reward_model_on_another_base(ppo_refused, variant, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    from posttrain.models import load_tokenizer
+
+    other = variant()
+    (other / "generation_config.json").unlink()
+    base = AutoModelForSequenceClassification.from_pretrained(other, num_labels=1)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["score"], **PEFT)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "reward")
+    load_tokenizer(other).save_pretrained(tmp_path / "reward")
+    said = (f"the reward model's base ({other}) is not the policy's", "Use layout: full")
+    ppo_refused("layout", *said, reward=tmp_path / "reward", layout="shared")
+
+
 def test_ppo_adapter_under_a_second_one(ppo_refused, untrained_adapter_dir):
     ppo_refused(
         "model",

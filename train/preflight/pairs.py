@@ -34,6 +34,9 @@ EXTREME = 0.9
 FEW = 20
 """Fewer pairs than this say nothing about length."""
 
+PROMPTS = 1_000
+"""Prompts rendered alone: how they differ from what precedes an answer follows from the template."""
+
 Pair = tuple[list[int], list[int]]
 
 
@@ -71,11 +74,11 @@ def check_pairs(config: RewardConfig | DpoConfig, paths: Mapping[str, Path], run
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[Pair], list[list[int]]]:
-    """Token ids of both sides, prompt included, and of the prompts up to the assistant's turn."""
+    """Token ids of both sides, prompt included, and of the first prompts up to the assistant's turn."""
     chosen = render_whole(tokenizer, [row["prompt"] + row["chosen"] for row in sample.rows])
     rejected = render_whole(tokenizer, [row["prompt"] + row["rejected"] for row in sample.rows])
     batch: Any = tokenizer.apply_chat_template(
-        [row["prompt"] for row in sample.rows], add_generation_prompt=True, return_dict=True
+        [row["prompt"] for row in sample.rows[:PROMPTS]], add_generation_prompt=True, return_dict=True
     )
     return list(zip(chosen, rejected, strict=True)), batch["input_ids"]
 
@@ -153,7 +156,7 @@ def _check_prompts(
     """Prompts that are not rendered alike alone and before an answer. A reward model never sees one alone."""
     off = [
         name
-        for name, prompt, pair in zip(sample.ids, prompts, pairs, strict=True)
+        for name, prompt, pair in zip(sample.ids, prompts, pairs, strict=False)
         if any(side[: len(prompt)] != prompt for side in pair)
     ]
     if not off:
@@ -163,7 +166,7 @@ def _check_prompts(
         "use a chat template whose generation prompt is how it begins the assistant's turn; a policy would "
         "answer another prompt than it was trained on"
     )
-    fault = Fault(off, len(pairs), "pairs", what, remedy)
+    fault = Fault(off, len(prompts), "pairs", what, remedy)
     judge(
         findings, "model", sample.where, fault, MAX_PROMPT_MISMATCH if isinstance(config, DpoConfig) else 1.0
     )
