@@ -30,8 +30,9 @@ def print_findings(
 def print_example(name: str, example: Sequence[Piece], console: Console) -> None:
     """Print one rendered row: supervised text green, the rest dim; between >>> and <<< without colours."""
     coloured = console.color_system is not None
-    how = "supervised text green" if coloured else "supervised text between >>> and <<<"
-    _say(console, Text(f"{name}: one example as the model sees it, {how}"))
+    how = ", supervised text green" if coloured else ", supervised text between >>> and <<<"
+    how = how if any(supervised for _, supervised in example) else ""
+    _say(console, Text(f"{name}: one example as the model sees it{how}"))
     text = Text()
     for piece, supervised in short(example):
         if supervised and not coloured:

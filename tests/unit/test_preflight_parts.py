@@ -83,6 +83,9 @@ def test_an_example_is_coloured_on_a_terminal_and_marked_elsewhere() -> None:
     assert "\x1b[32mAnswer." in coloured.getvalue()
     assert "\x1b[2mQuestion [b]?" in coloured.getvalue()
     assert ">>>" not in coloured.getvalue()
+    prompt = io.StringIO()
+    print_findings("ppo", [], [], example[:1], Console(file=prompt))
+    assert prompt.getvalue() == "ppo: one example as the model sees it\nQuestion [b]?\n"
 
 
 def test_problems_are_counted_and_closed_with_a_remark() -> None:
