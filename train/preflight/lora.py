@@ -47,7 +47,8 @@ def check_lora(settings: PeftSettings, model: nn.Module, task: TaskType, finding
         findings.fail(
             "peft",
             f"peft refuses {', '.join(asked)}: {str(error).splitlines()[0]}",
-            "leave linear layers to adapt: exclude fewer modules, or name layers that are there (from 0)",
+            "leave linear layers to adapt: exclude fewer modules, name layers that are there (from 0), or "
+            "drop the option that peft names",
         )
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,15 @@ class Size:
 
 
 def measure(model: nn.Module, peft: PeftSettings | None, task: TaskType) -> Size:
-    """What training this skeleton trains. LoRA is put into it."""
+    """What training this skeleton trains. LoRA is put into it; peft's warnings are left to the stage.
+
+    Raises ValueError where peft refuses to.
+    """
     total = sum(p.numel() for p in model.parameters())
     if peft is None:
         return Size(total, total, True)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         adapted = get_peft_model(model, lora_config(peft, task))  # type: ignore[arg-type]
     return Size(sum(p.numel() for p in adapted.parameters() if p.requires_grad), total, False)
 
