@@ -22,7 +22,9 @@ from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
 
 if TYPE_CHECKING:
+    from posttrain.errors import Problem
     from posttrain.planning import Plan
+    from posttrain.preflight import Review
     from posttrain.stage import StageResult
 
 app = typer.Typer(
@@ -43,6 +45,9 @@ Overrides = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and why, and write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON.")]
 Force = Annotated[bool, typer.Option("--force", help="Run again even what is complete.")]
+NoCheck = Annotated[
+    bool, typer.Option("--no-check", help="Start training stages without looking at their data and models.")
+]
 
 
 def main() -> None:
@@ -104,6 +109,7 @@ def run(
     ] = None,
     until: Annotated[str | None, typer.Option(help="Only this stage and those it depends on.")] = None,
     force: Force = False,
+    no_check: NoCheck = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -121,7 +127,7 @@ def run(
             rows = [_plan_row(name, kinds[name], places[name], plan) for name, plan in plans.items()]
             _show_plan(rows, as_json)
             return
-        results = run_pipeline(loaded, only=only or (), until=until, force=force)
+        results = run_pipeline(loaded, only=only or (), until=until, force=force, preflight=not no_check)
         if as_json:
             report = loaded.directory / "report.html"
             _print_json(
@@ -179,17 +185,24 @@ def _stage_command(kind: str) -> Callable[..., None]:
             typer.Option(help="Run directory. Default: run_dir in the file, else runs/FILE-NAME."),
         ] = None,
         force: Force = False,
+        no_check: NoCheck = False,
         dry_run: DryRun = False,
         as_json: AsJson = False,
     ) -> None:
         with _reporting():
-            _run_stage(kind, arguments or [], output, force, dry_run, as_json)
+            _run_stage(kind, arguments or [], output, force, no_check, dry_run, as_json)
 
     return command
 
 
 def _run_stage(
-    kind: str, arguments: list[str], output: Path | None, force: bool, dry_run: bool, as_json: bool
+    kind: str,
+    arguments: list[str],
+    output: Path | None,
+    force: bool,
+    no_check: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     from posttrain.errors import ConfigError
     from posttrain.planning import plan_stage
@@ -209,7 +222,9 @@ def _run_stage(
     if dry_run:
         _show_plan([_plan_row(kind, kind, block.run_dir, plan)], as_json)
         return
-    result = execute_stage(kind, block.config, block.run_dir, force=force)
+    result = execute_stage(
+        kind, block.config, block.run_dir, force=force, preflight=not no_check, locate=block.locate
+    )
     if as_json:
         _print_json(_result_row(kind, kind, block.run_dir, result))
     else:
@@ -235,7 +250,12 @@ for _spec in STAGES.values():
     app.command(_spec.name, help=_spec.help, epilog=_example)(_stage_command(_spec.name))
 
 
-@app.command(epilog="Example: posttrain check configs/tiny/pipeline.yaml")
+@app.command(
+    epilog="Example: posttrain check configs/tiny/pipeline.yaml\n\n"
+    "Example: posttrain check my-sft.yaml trainer.max_length=512 --json\n\n"
+    "Exit code 0: nothing speaks against running it, though there may be warnings; 2: something does. "
+    "docs/preflight.md has every check with its threshold and remedy."
+)
 def check(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG.yaml", help="A pipeline, or one stage with `stage: KIND`.")
@@ -243,40 +263,71 @@ def check(
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find every mistake in a configuration, trainer arguments included, without running anything."""
+    """Find every mistake in a configuration, its data and its models without running anything.
+
+    Trainer arguments are checked against TRL. For sft, reward, dpo and ppo, data and models that are there
+    already are looked at too, without loading weights, and one example is shown with its loss mask.
+    """
     with _reporting():
         from posttrain.errors import ConfigError
 
-        problems: list[dict[str, str]] = []
+        reviews: list[Review] = []
+        problems: list[Problem] = []
         try:
-            _check(config, overrides or [])
+            reviews = _review(config, overrides or [])
+            problems = [problem for review in reviews for problem in review.findings.problems]
         except ConfigError as error:
             if not as_json:
                 raise
-            problems = [vars(problem) for problem in error.problems]
+            problems = error.problems
         if as_json:
-            _print_json({"config": str(config), "valid": not problems, "problems": problems})
+            _print_json(_review_row(config, reviews, problems))
         else:
-            print(f"{config}: valid")
+            _show_reviews(config, reviews, problems)
         if problems:
             raise SystemExit(2)
 
 
-def _check(path: Path, overrides: list[str]) -> None:
-    from posttrain.errors import ConfigError
+def _review(path: Path, overrides: list[str]) -> list[Review]:
     from posttrain.pipeline import load_pipeline
+    from posttrain.preflight import review
     from posttrain.registry import stage_spec
     from posttrain.stage_file import load_stage_file
     from posttrain.yaml_source import load_yaml
 
     data = load_yaml(path, overrides)
     if "stage" not in data or "stages" in data:
-        load_pipeline(path, overrides, run_checks=True)
-        return
-    block = load_stage_file(stage_spec(str(data["stage"])).name, path, overrides)
-    problems = block.check()
+        return review(load_pipeline(path, overrides).stages.values())
+    return review([load_stage_file(stage_spec(str(data["stage"])).name, path, overrides)])
+
+
+def _review_row(config: Path, reviews: list[Review], problems: list[Problem]) -> dict[str, Any]:
+    return {
+        "config": str(config),
+        "valid": not problems,
+        "problems": [vars(problem) for problem in problems],
+        "warnings": [vars(warning) for review in reviews for warning in review.findings.warnings],
+        "notes": {review.name: review.findings.notes for review in reviews if review.findings.notes},
+        "not_looked_at": {review.name: review.unseen for review in reviews if review.unseen},
+        "examples": {review.name: review.findings.example for review in reviews if review.findings.example},
+    }
+
+
+def _show_reviews(config: Path, reviews: list[Review], problems: list[Problem]) -> None:
+    from rich.console import Console
+
+    from posttrain.errors import PreflightError
+    from posttrain.preflight_report import print_findings
+
+    console = Console(stderr=True)
+    for review in reviews:
+        findings = review.findings
+        print_findings(review.name, findings.warnings, findings.notes, findings.example, console)
+        for name, reason in review.unseen.items():
+            print(f"{review.name}: not looked at yet: {name}: {reason}", file=sys.stderr)
     if problems:
-        raise ConfigError(problems)
+        raise PreflightError(problems)
+    print(f"{config}: valid")
 
 
 @app.command(epilog="Example: posttrain show runs/tiny/ppo")

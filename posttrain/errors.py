@@ -74,11 +74,20 @@ class Problem:
 class ConfigError(UserError):
     """Every mistake found in a configuration, reported together."""
 
-    def __init__(self, problems: Sequence[Problem]):
+    one, several = "1 mistake in the configuration", "{} mistakes in the configuration"
+
+    def __init__(self, problems: Sequence[Problem], closing: str = ""):
         self.problems = list(problems)
         count = len(self.problems)
-        heading = "1 mistake in the configuration" if count == 1 else f"{count} mistakes in the configuration"
-        super().__init__("\n".join([f"{heading}:"] + [f"  {problem}" for problem in self.problems]))
+        heading = self.one if count == 1 else self.several.format(count)
+        lines = [f"{heading}:", *(f"  {problem}" for problem in self.problems), closing]
+        super().__init__("\n".join(lines).rstrip())
+
+
+class PreflightError(ConfigError):
+    """What speaks against starting a training stage: its data, its models, its settings or the machine."""
+
+    one, several = "the preflight found 1 problem", "the preflight found {} problems"
 
 
 def is_disk_full(error: BaseException, path: Path) -> bool:

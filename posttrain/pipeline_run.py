@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from posttrain.errors import ConfigError, Problem, RequeueError, UserError, explaining_the_disk
+from posttrain.errors import (
+    ConfigError,
+    PreflightError,
+    Problem,
+    RequeueError,
+    UserError,
+    explaining_the_disk,
+)
 from posttrain.pipeline import Pipeline
 from posttrain.planning import Plan, plan_stage
+from posttrain.preflight import NO_CHECK, look
 from posttrain.registry import load
 from posttrain.rundir import SCHEMA_VERSION, atomic_write_json, read_manifest
 from posttrain.stage import StageResult, execute_stage
@@ -73,24 +81,52 @@ def run_pipeline(
     until: str | None = None,
     force: bool = False,
     console: Console | None = None,
+    preflight: bool = True,
 ) -> dict[str, StageResult]:
-    """Execute the selected stages, skipping what is complete with the same inputs; then write the report."""
+    """Execute the selected stages, skipping what is complete with the same inputs; then write the report.
+
+    preflight: look at the data and models of each training stage before it starts, and at those that are
+    there already before anything starts. Raises PreflightError with what speaks against it.
+    """
     console = console or Console(stderr=True)
     selected = pipeline.select(only, until)
-    plan_pipeline(pipeline, selected, force=force)
+    plans = plan_pipeline(pipeline, selected, force=force)
+    looked_at = _look_ahead(pipeline, plans, console) if preflight else set(selected)
     record = _Record(pipeline)
     results: dict[str, StageResult] = {}
     with explaining_the_disk(pipeline.directory):
         for index, name in enumerate(selected, start=1):
             label = f"[{index}/{len(selected)}] {name}"
-            results[name] = _run_one(pipeline, name, label, force, record, console)
+            results[name] = _run_one(
+                pipeline, name, label, force, record, console, preflight=name not in looked_at
+            )
         ran = any(result.status == "completed" for result in results.values())
         _write_report(pipeline, ran, record, console)
     return results
 
 
+def _look_ahead(pipeline: Pipeline, plans: Mapping[str, Plan], console: Console) -> set[str]:
+    """Look at the stages whose inputs are there, and return their names. Raises PreflightError."""
+    ready = [name for name, plan in plans.items() if plan.action != "skip" and plan.inputs_hash]
+    problems: list[Problem] = []
+    for name in ready:
+        block = pipeline.stages[name]
+        inputs = plans[name].inputs
+        problems += look(block.kind, block.config, block.run_dir, inputs, console, block.locate)
+    if problems:
+        raise PreflightError(problems, NO_CHECK)
+    return set(ready)
+
+
 def _run_one(
-    pipeline: Pipeline, name: str, label: str, force: bool, record: _Record, console: Console
+    pipeline: Pipeline,
+    name: str,
+    label: str,
+    force: bool,
+    record: _Record,
+    console: Console,
+    *,
+    preflight: bool,
 ) -> StageResult:
     block = pipeline.stages[name]
     plan = plan_stage(block.kind, block.config, block.run_dir, force=force)
@@ -98,7 +134,15 @@ def _run_one(
         _say(console, f"{label}: {plan.action} ({plan.reason})")
         record.write("running", current=name)
     try:
-        result = execute_stage(block.kind, block.config, block.run_dir, force=force, console=console)
+        result = execute_stage(
+            block.kind,
+            block.config,
+            block.run_dir,
+            force=force,
+            console=console,
+            preflight=preflight,
+            locate=block.locate,
+        )
     except RequeueError:
         record.write_best_effort("interrupted", current=name)
         raise

@@ -46,7 +46,7 @@ def plan_stage(
     run = RunDir(run_dir)
     run.check_ours()
     manifest = run.manifest()
-    awaited = _awaited(config, pending)
+    awaited = awaited_inputs(config, pending)
     if awaited:
         _resolve_all(config, leave_out=awaited)
         action: Action = "run" if manifest is None else "rerun"
@@ -92,7 +92,7 @@ def _resolve_all(config: StageConfig, leave_out: Collection[str] = ()) -> dict[s
     return inputs
 
 
-def _awaited(config: StageConfig, pending: Mapping[Path, str]) -> dict[str, str]:
+def awaited_inputs(config: StageConfig, pending: Mapping[Path, str]) -> dict[str, str]:
     """The inputs that are still to be made, by field, with the name of the stage that makes each."""
     awaited: dict[str, str] = {}
     for reference in find_references(config):

@@ -2,7 +2,8 @@
 
 A stage module has `run(config, context) -> dict` (summary metrics, JSON values), and may have
 `check(config, where) -> list[Problem]`, which looks for mistakes that the configuration model cannot see,
-before anything heavy happens.
+before anything heavy happens. A training stage has `preflight(config, paths, run_dir) -> Findings` too, which
+looks at data and models without loading weights (posttrain.preflight).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from posttrain.errors import UserError
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One kind of stage. config, run, check: "module:attribute". version: raise it when the same
+    """One kind of stage. config, run, check, preflight: "module:attribute". version: raise it when the same
     configuration would now give another result, so that finished runs are done again."""
 
     name: str
@@ -26,12 +27,20 @@ class StageSpec:
     check: str | None
     version: int
     help: str
+    preflight: str | None = None
 
 
 def _spec(
-    name: str, config: str, run: str, help: str, *, check: str | None = None, version: int = 1
+    name: str,
+    config: str,
+    run: str,
+    help: str,
+    *,
+    check: str | None = None,
+    preflight: str | None = None,
+    version: int = 1,
 ) -> StageSpec:
-    return StageSpec(name, config, run, check, version, help)
+    return StageSpec(name, config, run, check, version, help, preflight)
 
 
 STAGES: dict[str, StageSpec] = {
@@ -51,6 +60,7 @@ STAGES: dict[str, StageSpec] = {
             "train.sft:run",
             "Fine-tune on demonstrations.",
             check="train.trainer_args:check",
+            preflight="train.preflight:check",
         ),
         _spec(
             "reward",
@@ -58,6 +68,7 @@ STAGES: dict[str, StageSpec] = {
             "train.reward_model:run",
             "Train a reward model on preference pairs.",
             check="train.trainer_args:check",
+            preflight="train.preflight:check",
         ),
         _spec(
             "dpo",
@@ -65,6 +76,7 @@ STAGES: dict[str, StageSpec] = {
             "train.preference:run",
             "Optimise directly on preference pairs.",
             check="train.trainer_args:check",
+            preflight="train.preflight:check",
         ),
         _spec(
             "ppo",
@@ -72,6 +84,7 @@ STAGES: dict[str, StageSpec] = {
             "train.ppo.stage:run",
             "Optimise a reward model with PPO.",
             check="train.ppo.config:check",
+            preflight="train.preflight:check",
             version=3,
         ),
         _spec(

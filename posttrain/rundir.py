@@ -158,10 +158,7 @@ class RunDir:
         try:
             lock.acquire()
         except Timeout:
-            raise UserError(
-                f"{self.path}: is being written by {_holder_text(holder)}\n"
-                "    wait for it to end, stop it, or choose another directory for this run"
-            ) from None
+            raise self._held() from None
         try:
             atomic_write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
             yield self
@@ -169,6 +166,23 @@ class RunDir:
             if holder.exists() and os.access(self.path, os.W_OK):
                 holder.unlink()
             lock.release()
+
+    def check_unlocked(self) -> None:
+        """Raise UserError naming the holder when another process has the lock. Nothing is created."""
+        file = self.path / _LOCK
+        if not file.is_file() or not os.access(file, os.W_OK):
+            return
+        try:
+            with FileLock(file, timeout=0, is_singleton=False):
+                return
+        except Timeout:
+            raise self._held() from None
+
+    def _held(self) -> UserError:
+        return UserError(
+            f"{self.path}: is being written by {_holder_text(self.path / _HOLDER)}\n"
+            "    wait for it to end, stop it, or choose another directory for this run"
+        )
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, None before the first run."""

@@ -18,6 +18,7 @@ from posttrain.environment import code_version, hardware, package_versions
 from posttrain.errors import PosttrainError, RequeueError, StageFailedError, UserError, explaining_the_disk
 from posttrain.inputs import check_same_tokenizer, download, fingerprint_tokenizer
 from posttrain.planning import Plan, plan_stage
+from posttrain.preflight import Locate, require
 from posttrain.registry import load, stage_spec
 from posttrain.rundir import SCHEMA_VERSION, RunDir, atomic_write_text, describe_outputs
 from posttrain.seeding import seed_everything
@@ -42,28 +43,34 @@ def execute_stage(
     dry_run: bool = False,
     force: bool = False,
     console: Console | None = None,
+    preflight: bool = True,
+    locate: Locate | None = None,
 ) -> StageResult:
     """Bring `run_dir` to the state that `config` asks for: nothing when it is there, resuming when it can.
 
+    preflight: look at data and models first (posttrain.preflight). locate: gives what it finds a YAML path.
     Raises UserError for what the user can correct, RequeueError when SIGTERM stopped it, PosttrainError for a
     full disk, and StageFailedError for any other exception of the stage, whose traceback is then in
     `run_dir/error.log`.
     """
     run = RunDir(run_dir)
+    console = console or Console(stderr=True)
     if dry_run:
         plan = plan_stage(kind, config, run.path, force=force)
         return StageResult("planned", {}, plan)
+    with explaining_the_disk(run.path):
+        plan = plan_stage(kind, config, run.path, force=force)
+    if plan.action == "skip":
+        return StageResult("skipped", run.manifest() or {}, plan)
+    if preflight:
+        require(kind, config, run.path, plan.inputs, console, locate)
     try:
-        with explaining_the_disk(run.path):
+        with explaining_the_disk(run.path), run.locked():
+            # Another process may have finished it between the first look and the lock.
             plan = plan_stage(kind, config, run.path, force=force)
             if plan.action == "skip":
                 return StageResult("skipped", run.manifest() or {}, plan)
-            with run.locked():
-                # Another process may have finished it between the first look and the lock.
-                plan = plan_stage(kind, config, run.path, force=force)
-                if plan.action == "skip":
-                    return StageResult("skipped", run.manifest() or {}, plan)
-                manifest = _execute(kind, config, run, plan, console or Console(stderr=True))
+            manifest = _execute(kind, config, run, plan, console)
     except PosttrainError:
         raise
     except Exception as error:

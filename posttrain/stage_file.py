@@ -35,6 +35,10 @@ class StageBlock:
         where = f"{self.document.path}: {'.'.join(self.prefix)}" if self.prefix else str(self.document.path)
         return relocate(load(hook)(self.config, where), where, self.document, self.prefix)
 
+    def locate(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Problems whose `where` is a field of this stage, with their YAML path and line."""
+        return relocate(problems, "", self.document, self.prefix)
+
 
 def parse_config(
     kind: str, data: dict[str, Any], document: Document, prefix: KeyPath = ()

@@ -18,6 +18,9 @@ from posttrain.models import whole_dialogue
 IGNORED = -100
 """Label of a token that carries no loss."""
 
+MAX_UNSUPERVISED = 0.01
+"""Largest share of dialogues without a supervised token; up to it they are left out and counted."""
+
 Messages = list[dict[str, str]]
 
 
@@ -27,6 +30,33 @@ class Encoded:
 
     input_ids: list[int]
     labels: list[int]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Rows that cannot be trained on: their `ids`, of how many, what they are, what is wrong, the remedy."""
+
+    ids: list[str]
+    total: int
+    noun: str
+    what: str
+    remedy: str
+
+    @property
+    def share(self) -> float:
+        """The part of all rows that it is, from 0 to 1."""
+        return len(self.ids) / self.total
+
+    @property
+    def message(self) -> str:
+        """Count, share, what is wrong, and the first ids."""
+        first = ", ".join(self.ids[:5])
+        return (
+            f"{len(self.ids)} of {self.total} {self.noun} ({self.share:.1%}) {self.what}. First ids: {first}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.remedy}"
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -56,10 +86,29 @@ def encode_conversations(
     ids: Sequence[str],
     assistant_only: bool = True,
 ) -> list[Encoded]:
+    """`label_conversations`, refusing what would teach nothing, or never to stop.
+
+    Raises:
+        DataError: more than MAX_UNSUPERVISED of the dialogues carry no loss, or the end-of-turn token of one
+            does not; their `ids` are named.
+        UserError: see `training_template`.
+    """
+    encoded = label_conversations(tokenizer, conversations, assistant_only)
+    silent = unsupervised([row.labels for row in encoded], ids)
+    if silent and silent.share > MAX_UNSUPERVISED:
+        raise DataError(str(silent))
+    endless = never_ending(tokenizer, encoded, ids)
+    if endless:
+        raise DataError(str(endless))
+    return encoded
+
+
+def label_conversations(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], assistant_only: bool = True
+) -> list[Encoded]:
     """Render and tokenize dialogues; labels are the ids, or IGNORED where the assistant did not speak.
 
     Raises:
-        DataError: dialogues in which no token, or no end-of-turn token, carries loss; their `ids` are named.
         UserError: see `training_template`.
     """
     template = training_template(tokenizer) if assistant_only else None
@@ -72,28 +121,42 @@ def encode_conversations(
     masks = (
         rendered["assistant_masks"] if assistant_only else [[1] * len(row) for row in rendered["input_ids"]]
     )
-    encoded = [
+    return [
         Encoded(row, [token if kept else IGNORED for token, kept in zip(row, mask, strict=True)])
         for row, mask in zip(rendered["input_ids"], masks, strict=True)
     ]
-    silent = [
-        name for name, row in zip(ids, encoded, strict=True) if all(label == IGNORED for label in row.labels)
-    ]
-    if silent:
-        raise DataError(
-            f"{len(silent)} of {len(encoded)} dialogues have no token to learn from: no turn of role "
-            "assistant, or a chat template that does not mark it. "
-            f"First ids: {_first(silent)}. Drop them in the curate stage."
-        )
+
+
+def unsupervised(labels: Sequence[Sequence[int]], ids: Sequence[str]) -> Fault | None:
+    """The dialogues in which no token carries loss; None when there are none."""
+    silent = [name for name, row in zip(ids, labels, strict=True) if all(label == IGNORED for label in row)]
+    if not silent:
+        return None
+    what = "have no token to learn from: no turn of role assistant, or a chat template that does not mark it"
+    return Fault(silent, len(labels), "dialogues", what, "Drop them in the curate stage.")
+
+
+def never_ending(
+    tokenizer: PreTrainedTokenizerBase, encoded: Sequence[Encoded], ids: Sequence[str]
+) -> Fault | None:
+    """The dialogues with supervised tokens of which none is the end of a turn; None when there are none."""
     end = tokenizer.eos_token_id
-    endless = [name for name, row in zip(ids, encoded, strict=True) if end not in row.labels]
-    if endless:
-        raise DataError(
-            f"in {len(endless)} of {len(encoded)} dialogues the end-of-turn token {tokenizer.eos_token} "
-            f"carries no loss, so that the model would never learn to stop. First ids: {_first(endless)}. "
-            "Put it inside {% generation %} ... {% endgeneration %} in the chat template."
-        )
-    return encoded
+    endless = [
+        name
+        for name, row in zip(ids, encoded, strict=True)
+        if end not in row.labels and any(label != IGNORED for label in row.labels)
+    ]
+    if not endless:
+        return None
+    what = (
+        f"give the end-of-turn token {tokenizer.eos_token} no loss, so that the model would never learn to "
+        "stop"
+    )
+    remedy = (
+        "Put it inside {% generation %} ... {% endgeneration %} in the chat template; if the template ends a "
+        "turn with another token, make that one the tokenizer's eos_token."
+    )
+    return Fault(endless, len(encoded), "dialogues", what, remedy)
 
 
 def encode_whole(
@@ -104,17 +167,31 @@ def encode_whole(
     Raises:
         DataError: a rendered dialogue does not end with the end-of-turn token, at which the score is read.
     """
+    rendered = render_whole(tokenizer, conversations)
+    fault = open_ended(tokenizer, rendered, ids)
+    if fault:
+        raise DataError(str(fault))
+    return rendered
+
+
+def render_whole(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages]) -> list[list[int]]:
+    """Token ids of whole dialogues, as the chat template writes them; see `whole_dialogue`."""
     texts = [whole_dialogue(tokenizer, messages) for messages in conversations]
     rendered: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    end = tokenizer.eos_token_id
-    open_ended = [name for name, row in zip(ids, rendered, strict=True) if row[-1] != end]
-    if open_ended:
-        raise DataError(
-            f"{len(open_ended)} of {len(rendered)} rendered dialogues do not end with "
-            f"{tokenizer.eos_token}, where the score is read. First ids: {_first(open_ended)}. "
-            "The chat template must end a dialogue with that token and nothing but white space after it."
-        )
     return rendered
+
+
+def open_ended(
+    tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Sequence[int]], ids: Sequence[str]
+) -> Fault | None:
+    """The dialogues that do not end with the end-of-turn token; None when there are none."""
+    end = tokenizer.eos_token_id
+    cut = [name for name, row in zip(ids, rendered, strict=True) if row[-1] != end]
+    if not cut:
+        return None
+    what = f"do not end with {tokenizer.eos_token} once rendered, where the score is read"
+    remedy = "The chat template must end a dialogue with that token; only white space may follow."
+    return Fault(cut, len(rendered), "dialogues", what, remedy)
 
 
 def encode_pairs(
@@ -128,14 +205,17 @@ def encode_pairs(
     ids = [row["id"] for row in rows]
     chosen = encode_whole(tokenizer, [row["prompt"] + row["chosen"] for row in rows], ids)
     rejected = encode_whole(tokenizer, [row["prompt"] + row["rejected"] for row in rows], ids)
-    same = [name for name, a, b in zip(ids, chosen, rejected, strict=True) if a == b]
-    if same:
-        raise DataError(
-            f"{len(same)} of {len(ids)} pairs have chosen equal to rejected. First ids: {_first(same)}. "
-            "Drop them in the curate stage."
-        )
-    return list(zip(chosen, rejected, strict=True))
+    pairs = list(zip(chosen, rejected, strict=True))
+    fault = identical_sides(pairs, ids)
+    if fault:
+        raise DataError(str(fault))
+    return pairs
 
 
-def _first(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:5])
+def identical_sides(pairs: Sequence[tuple[list[int], list[int]]], ids: Sequence[str]) -> Fault | None:
+    """The pairs whose two sides are the same tokens; None when there are none."""
+    same = [name for name, (chosen, rejected) in zip(ids, pairs, strict=True) if chosen == rejected]
+    if not same:
+        return None
+    what = "have chosen equal to rejected once rendered"
+    return Fault(same, len(pairs), "pairs", what, "Drop them in the curate stage.")

@@ -15,7 +15,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, TaskType
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 from transformers.utils import logging as transformers_logging
 
 from posttrain.errors import PosttrainError, UserError
@@ -69,13 +75,14 @@ def load_policy(path: Path, config: TrainingStageConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path.resolve(), dtype=torch_dtype(config.dtype), **options)
 
 
-def length_limit(model: PreTrainedModel, asked: int | None, default: int = 1024) -> int:
-    """``max_length`` of the trainer: what was asked for, else `default`, never beyond the model's positions.
+def length_limit(config: PreTrainedConfig, asked: int | None, default: int = 1024) -> int:
+    """``max_length`` of the trainer: what was asked for, else `default`, never beyond the positions that the
+    model of this configuration has.
 
     Raises:
         UserError: more was asked for than the model has positions.
     """
-    positions = model.config.get_text_config().max_position_embeddings
+    positions = config.get_text_config().max_position_embeddings
     if asked is not None and asked > positions:
         raise UserError(
             f"trainer.max_length is {asked}, the model has {positions} positions: use at most {positions}."

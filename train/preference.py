@@ -50,7 +50,7 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
     reference = load_policy(path, config) if needs_copy else None
 
     with context.phase("tokenize"):
-        max_length = length_limit(model, config.trainer.get("max_length"))
+        max_length = length_limit(model.config, config.trainer.get("max_length"))
         train_rows, counts = load_pairs(context, "train", tokenizer, max_length)
         eval_rows, _ = load_pairs(context, "eval", tokenizer, max_length)
 

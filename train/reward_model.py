@@ -66,7 +66,7 @@ def run(config: RewardConfig, context: StageContext) -> dict[str, Any]:
     tokenizer = load_tokenizer(context.path("model"))
     model = load_classifier(config, context, tokenizer)
     with context.phase("tokenize"):
-        max_length = length_limit(model, config.trainer.get("max_length"))
+        max_length = length_limit(model.config, config.trainer.get("max_length"))
         rows, pairs, counts = load_pairs(context, "train", tokenizer, max_length)
         _, eval_pairs, _ = load_pairs(context, "eval", tokenizer, max_length)
 

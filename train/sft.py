@@ -48,7 +48,7 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     model = load_policy(path, config)
 
     with context.phase("tokenize"):
-        max_length = length_limit(model, config.trainer.get("max_length"))
+        max_length = length_limit(model.config, config.trainer.get("max_length"))
         assistant_only = config.trainer.get("assistant_only_loss", True)
         train_rows, train_counts = load_rows(context, "train", tokenizer, assistant_only, max_length)
         eval_rows, _ = load_rows(context, "eval", tokenizer, assistant_only, max_length)
@@ -79,18 +79,20 @@ def load_rows(
 ) -> tuple[Any, dict[str, int]]:
     """A split as a dataset of ``input_ids`` and ``labels``, and what happened to its rows.
 
-    A dialogue longer than `max_length` is cut by TRL; one that loses all its supervised tokens that way is
-    left out here, and counted.
+    A dialogue longer than `max_length` is cut by TRL; one that loses all its supervised tokens that way, or
+    never had any, is left out here, and counted.
     """
     from datasets import Dataset
 
     rows = read_split(context.path("data"), split, "conversation")
     encoded = encode_conversations(tokenizer, list(rows["messages"]), list(rows["id"]), assistant_only)
     kept = [row for row in encoded if any(label != IGNORED for label in row.labels[:max_length])]
+    silent = sum(all(label == IGNORED for label in row.labels) for row in encoded)
     counts = {
         "rows": len(kept),
         "rows_cut": sum(len(row.input_ids) > max_length for row in kept),
-        "rows_dropped_too_long": len(encoded) - len(kept),
+        "rows_dropped_unsupervised": silent,
+        "rows_dropped_too_long": len(encoded) - len(kept) - silent,
         "supervised_tokens": sum(label != IGNORED for row in kept for label in row.labels[:max_length]),
     }
     if not kept:

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from posttrain.errors import Problem
 from train.config import DpoConfig, RewardConfig, SftConfig, TrainingStageConfig
+from train.launch import launch_problems
 
 _RUN_DIRECTORY = "it is the run directory's; set the pipeline's output_dir and the stage's name"
 _SEED = "set `seed:` of the stage"
@@ -93,7 +94,8 @@ def check(config: TrainingStageConfig, where: str) -> list[Problem]:
         else:
             problems += _check_value(path, value, hints[name], fields[name].metadata.get("choices"))
     problems += _contradictions(config, f"{where}.trainer")
-    if not problems:
+    problems += launch_problems(where)
+    if not problems:  # transformers initialises torch.distributed as it builds the arguments
         problems += _constructed(config, f"{where}.trainer")
     return problems
 

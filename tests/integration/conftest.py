@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner, Result
 
 CONFIGS = {
     "sft": "train.config:SftConfig",
@@ -38,11 +42,14 @@ def make_config(kind: str, **fields: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def run_stage() -> Callable[..., dict[str, Any]]:
-    """run_stage(kind, run_dir, **fields) runs the stage for real and returns its metrics."""
+    """run_stage(kind, run_dir, **fields) runs the stage for real and returns its metrics; preflight=False as
+    with --no-check.
+    """
     from posttrain.stage import execute_stage
 
-    def run(kind: str, run_dir: Path, **fields: Any) -> dict[str, Any]:
-        return execute_stage(kind, make_config(kind, **fields), run_dir).manifest["metrics"]
+    def run(kind: str, run_dir: Path, preflight: bool = True, **fields: Any) -> dict[str, Any]:
+        config = make_config(kind, **fields)
+        return execute_stage(kind, config, run_dir, preflight=preflight).manifest["metrics"]
 
     return run
 
@@ -97,3 +104,117 @@ def reward_run(
         trainer={"max_steps": 12},
     )
     return run_dir
+
+
+def command(*arguments: str | Path) -> Result:
+    """Run the posttrain command in this process."""
+    from posttrain.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def write_stage(directory: Path, kind: str, fields: Mapping[str, Any]) -> Path:
+    """A stage's YAML file, one line a field, whose run directory is `directory/out`."""
+    settings = {"stage": kind, "run_dir": str(directory / "out"), **fields}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    if kind != "ppo":
+        plain = {"peft": PEFT} | plain
+        plain["trainer"] = {"max_steps": 2, "per_device_train_batch_size": 4} | plain.get("trainer", {})
+    path = directory / f"{kind}.yaml"
+    path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+    return path
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Refused:
+    """refused(kind, key, *texts, **fields): the stage's command exits with 2 before it writes anything, and a
+    problem at `key` of its file ("" for the file itself) says all of `texts`. Returns stderr.
+    """
+
+    def run(kind: str, key: str, *texts: str, **fields: Any) -> str:
+        done = command(kind, write_stage(tmp_path, kind, fields))
+        assert done.exit_code == 2, done.output
+        assert not (tmp_path / "out").exists()
+        assert "error: the preflight found" in done.stderr
+        assert done.stderr.endswith("nothing was started; --no-check starts without looking\n")
+        place = rf"{kind}\.yaml(?::\d+)?: " + (rf"{re.escape(key)}: " if key else "")
+        problems = re.findall(place + r"(.*?)(?=\n  \S|\nnothing was started)", done.stderr, re.DOTALL)
+        assert any(all(text in problem for text in texts) for problem in problems), done.stderr
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture
+def warned(tmp_path: Path) -> Refused:
+    """warned(kind, *texts, **fields): `posttrain check` exits with 0, and its stderr holds all of `texts`."""
+
+    def run(kind: str, *texts: str, **fields: Any) -> str:
+        done = command("check", write_stage(tmp_path, kind, fields))
+        assert done.exit_code == 0, done.output
+        assert not (tmp_path / "out").exists()
+        assert all(text in done.stderr for text in texts), done.stderr
+        return done.stderr
+
+    return run
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, write_dataset: Callable[..., Path]) -> Callable[..., Path]:
+    """dataset(kind, rows, evaluation): a dataset directory of these rows; evaluation: the first two."""
+
+    def write(kind: str, train: list[dict], evaluation: list[dict] | None = None) -> Path:
+        return write_dataset(tmp_path / "data", kind, train, train[:2] if evaluation is None else evaluation)
+
+    return write
+
+
+@pytest.fixture
+def variant(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Path]:
+    """variant(old, new, source, **tokens): a copy of a model directory with `old` in its template replaced,
+    and these special tokens in its tokenizer (None removes one).
+    """
+
+    def make(old: str = "", new: str = "", source: Path = tiny_model_dir, **tokens: str | None) -> Path:
+        directory = tmp_path / "variant"
+        shutil.copytree(source, directory)
+        template = directory / "chat_template.jinja"
+        assert old in template.read_text()
+        template.write_text(template.read_text().replace(old, new, 1))
+        file = directory / "tokenizer_config.json"
+        settings = json.loads(file.read_text()) | tokens
+        file.write_text(
+            json.dumps({name: value for name, value in settings.items() if tokens.get(name, "") is not None})
+        )
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def untrained_adapter_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """A LoRA adapter on the tiny model, as peft begins it."""
+    from peft import LoraConfig, get_peft_model
+
+    from posttrain.models import load_causal_lm, load_tokenizer
+
+    directory = tmp_path_factory.mktemp("adapter") / "sft"
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **PEFT)
+    adapted = get_peft_model(load_causal_lm(tiny_model_dir), config)
+    adapted.peft_config["default"].base_model_name_or_path = str(tiny_model_dir)
+    adapted.save_pretrained(directory)
+    load_tokenizer(tiny_model_dir).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the preflight takes the machine for: one GPU that does not compute in bfloat16."""
+    from train.preflight import ppo, trained
+    from train.preflight.machine import Device
+
+    for module in (ppo, trained):
+        monkeypatch.setattr(module, "this_device", lambda: Device("cuda", "Tesla T4", False, 1))

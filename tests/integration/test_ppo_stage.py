@@ -414,7 +414,7 @@ def test_no_prompt_left_is_an_error(tmp_path: Path, settings: Settings) -> None:
     with pytest.raises(
         DataError, match=r"all 48 are longer than max_prompt_tokens=3, the shortest has \d+ tokens"
     ):
-        execute_stage("ppo", settings(max_prompt_tokens=3), tmp_path / "ppo")
+        execute_stage("ppo", settings(max_prompt_tokens=3), tmp_path / "ppo", preflight=False)
 
 
 def test_sequences_must_fit_the_models(tmp_path: Path, settings: Settings) -> None:

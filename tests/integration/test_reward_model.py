@@ -103,7 +103,7 @@ def test_refuses_identical_sides(run_stage, tmp_path, tiny_model_dir, make_rows,
     rows[3]["rejected"] = rows[3]["chosen"]
     data = write_dataset(tmp_path / "data", "preference", rows, rows[:2])
     with pytest.raises(DataError, match=r"1 of 8 pairs .* preference-3"):
-        run_stage("reward", tmp_path / "run", model=tiny_model_dir, data=data)
+        run_stage("reward", tmp_path / "run", preflight=False, model=tiny_model_dir, data=data)
 
 
 def test_full_training_saves_the_head(run_stage, tmp_path, tiny_model_dir, preference_data):
@@ -142,5 +142,5 @@ def test_refuses_a_template_that_goes_on_after_the_end_token(tiny_tokenizer, mak
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template += "That was all."
     rows = make_rows["conversation"](2, 0)
-    with pytest.raises(DataError, match=r"2 of 2 rendered dialogues do not end with <\|im_end\|>"):
+    with pytest.raises(DataError, match=r"2 of 2 dialogues .* do not end with <\|im_end\|>"):
         encode_whole(tokenizer, [row["messages"] for row in rows], [row["id"] for row in rows])

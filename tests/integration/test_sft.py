@@ -106,7 +106,12 @@ def test_full_fine_tuning_writes_a_model(run_stage, tmp_path, tiny_model_dir, co
 def test_refuses_a_length_that_cuts_every_answer(run_stage, tmp_path, tiny_model_dir, conversation_data):
     with pytest.raises(DataError, match=r"trainer.max_length=4 cuts every supervised token") as failure:
         run_stage(
-            "sft", tmp_path / "run", model=tiny_model_dir, data=conversation_data, trainer={"max_length": 4}
+            "sft",
+            tmp_path / "run",
+            preflight=False,
+            model=tiny_model_dir,
+            data=conversation_data,
+            trainer={"max_length": 4},
         )
     assert failure.value.exit_code == 2
 
@@ -120,9 +125,20 @@ def test_refuses_dialogues_without_an_assistant(
     rows[2]["messages"] = [{"role": "user", "content": "Hello?"}]
     data = write_dataset(tmp_path / "data", "conversation", rows, rows[:2])
     with pytest.raises(DataError, match=r"2 of 8 dialogues .* conversation-2, conversation-3") as failure:
-        run_stage("sft", tmp_path / "run", model=tiny_model_dir, data=data)
+        run_stage("sft", tmp_path / "run", preflight=False, model=tiny_model_dir, data=data)
     assert failure.value.exit_code == 2
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_leaves_out_and_counts_a_dialogue_in_a_hundred_without_an_assistant(
+    run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset
+):
+    rows = make_rows["conversation"](101, 0)
+    rows[7]["messages"] = [{"role": "user", "content": "Hello?"}]
+    data = write_dataset(tmp_path / "data", "conversation", rows, rows[:2])
+    metrics = run_stage("sft", tmp_path / "run", model=tiny_model_dir, data=data, trainer={"max_steps": 1})
+    dropped = metrics["rows_dropped_unsupervised"], metrics["rows_dropped_too_long"]
+    assert (metrics["rows"], *dropped) == (100, 1, 0)
 
 
 def _with_template(source: Path, target: Path, old: str, new: str) -> Path:
@@ -139,7 +155,7 @@ def test_refuses_a_template_without_generation_markers(
     unmarked = _with_template(tiny_model_dir, tmp_path / "a", "{%- generation -%}", "")
     unmarked = _with_template(unmarked, tmp_path / "b", "{%- endgeneration -%}", "")
     with pytest.raises(UserError, match="generation"):
-        run_stage("sft", tmp_path / "run", model=unmarked, data=conversation_data)
+        run_stage("sft", tmp_path / "run", preflight=False, model=unmarked, data=conversation_data)
     run_stage(
         "sft",
         tmp_path / "all",
@@ -154,7 +170,7 @@ def test_refuses_an_end_of_turn_outside_the_loss(run_stage, tmp_path, tiny_model
     new = "{{- message['content'] -}}{%- endgeneration -%}{{- '<|im_end|>' -}}"
     endless = _with_template(tiny_model_dir, tmp_path / "a", old, new)
     with pytest.raises(DataError, match="never learn to stop"):
-        run_stage("sft", tmp_path / "run", model=endless, data=conversation_data)
+        run_stage("sft", tmp_path / "run", preflight=False, model=endless, data=conversation_data)
 
 
 def test_refuses_an_adapter_under_an_adapter(run_stage, tmp_path, sft_run, conversation_data):

@@ -258,6 +258,15 @@ class PpoStageConfig(StageConfig):
         """Rollouts in the run (the last one is full too, so total_episodes is rounded up)."""
         return -(-self.total_episodes // self.batch_size)
 
+    def check_processes(self, count: int) -> None:
+        """Raise UserError unless a rollout can be divided among so many processes."""
+        share = count * self.num_mini_batches
+        if self.batch_size % share:
+            raise UserError(
+                f"batch_size {self.batch_size} is not divisible by {count} processes x "
+                f"num_mini_batches {self.num_mini_batches}; use a multiple of {share}"
+            )
+
     @model_validator(mode="after")
     def _mini_batches_divide_the_batch(self) -> Self:
         if self.batch_size % self.num_mini_batches:

@@ -163,7 +163,7 @@ class Subject:
         networks, layout = load_networks(self.config, self.model_dir, self.reward_dir)
         policy = networks.policy_model
         require_attention(policy, "hf")
-        require_positions("model", networks.policy_trunk.plain, self.config)
+        require_positions("model", networks.policy_trunk.plain.config, self.config)
         make_ready(networks, self.config, self.device, self.prompts, self.pad_id)
         source: RewardSource = EvenTokens()
         if networks.reward_trunk is not None:

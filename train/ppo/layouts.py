@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from posttrain.errors import UserError
-from posttrain.hashing import adapter_base, hash_path
+from posttrain.hashing import adapter_base, fingerprint_tokenizer, hash_path
 from posttrain.models import (
     adapter_weight_names,
     check_score_head,
@@ -65,13 +65,42 @@ def load_networks(config: PpoStageConfig, model_dir: Path, reward_dir: Path | No
 
     Raises UserError when the layout and the models on disk do not go together; the message says what does.
     """
+    layout, obstacle = choose_layout(config, model_dir, reward_dir)
+    if layout == "full":
+        networks = _load_full(config, model_dir, reward_dir)
+        return networks, "full" + (f" ({obstacle})" if config.layout == "auto" and config.peft else "")
+    return _load_shared(config, model_dir, reward_dir), "shared"
+
+
+def choose_layout(
+    config: PpoStageConfig, model_dir: Path, reward_dir: Path | None
+) -> tuple[Literal["full", "shared"], str | None]:
+    """The layout of these models, and what stands in the way of sharing; no weight is loaded.
+
+    Raises UserError when the layout and the models on disk do not go together.
+    """
     obstacle = _obstacle_to_sharing(config, model_dir, reward_dir)
     if config.layout == "shared" and obstacle:
         raise UserError(f"layout: shared is not possible: {obstacle}. Use layout: full.")
     if config.layout == "full" or obstacle:
-        networks = _load_full(config, model_dir, reward_dir)
-        return networks, "full" + (f" ({obstacle})" if config.layout == "auto" and config.peft else "")
-    return _load_shared(config, model_dir, reward_dir), "shared"
+        if is_adapter(model_dir) and config.peft is not None:
+            raise UserError(
+                f"model: {config.model} is a LoRA adapter, which `peft` continues in layout: shared only. "
+                "Merge it first (stage: merge), or set peft: null to train all weights of the merged model."
+            )
+        return "full", obstacle
+    if is_adapter(model_dir):
+        assert config.peft is not None
+        settings = PeftConfig.from_pretrained(str(model_dir))
+        assert isinstance(settings, LoraConfig)
+        _check_continued(config.peft, settings, config.model)
+    return "shared", None
+
+
+def reads_policy_tokens(model_dir: Path, reward_dir: Path) -> bool:
+    """Whether the reward model has the policy's tokenizer and template; otherwise responses are rendered anew
+    for it, and it is none of the networks."""
+    return fingerprint_tokenizer(reward_dir) == fingerprint_tokenizer(model_dir)
 
 
 def make_ready(
@@ -126,11 +155,6 @@ def _obstacle_to_sharing(config: PpoStageConfig, model_dir: Path, reward_dir: Pa
 
 
 def _load_full(config: PpoStageConfig, model_dir: Path, reward_dir: Path | None) -> Networks:
-    if is_adapter(model_dir) and config.peft is not None:
-        raise UserError(
-            f"model: {config.model} is a LoRA adapter, which `peft` continues in layout: shared only. "
-            "Merge it first (stage: merge), or set peft: null to train all weights of the merged model."
-        )
     sft_model = load_causal_lm(model_dir)
     lora = lora_config(config.peft, TaskType.CAUSAL_LM)
     if reward_dir is None:
@@ -148,7 +172,6 @@ def _load_shared(config: PpoStageConfig, model_dir: Path, reward_dir: Path | Non
         return shared_networks(load_causal_lm(model_dir), lora, reward, config.value)
     settings = PeftConfig.from_pretrained(str(model_dir))
     assert isinstance(settings, LoraConfig)
-    _check_continued(config.peft, settings, config.model)
     weights = load_peft_weights(str(model_dir), device="cpu")
     base = load_causal_lm(adapter_base(model_dir))
     return shared_networks(base, settings, reward, config.value, sft_weights=weights)

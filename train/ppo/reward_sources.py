@@ -183,26 +183,46 @@ class RetemplatedModelReward:
 
     def render(self, prompt: Messages, response: str, finished: bool) -> str:
         """The dialogue in the reward model's template, up to the end of the response if it did not finish."""
-        where = f"{self.loaded.field}: the chat template of {self.tokenizer.name_or_path}"
-        answer = {"role": "assistant", "content": response if finished else response + _END}
-        try:
-            if self.loaded.to_end_token:
-                text = whole_dialogue(self.tokenizer, [*prompt, answer])
-            else:
-                text = str(self.tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
-        except TemplateError as error:
-            raise UserError(
-                f"{where} refuses a prompt of the data set ({error})\n"
-                "    use a reward model that reads such dialogues, or curate prompts without these turns"
-            ) from error
-        if finished:
-            return text
-        if _END not in text:
-            raise UserError(
-                f"{where} does not write the assistant's answer, so there is nothing to score\n"
-                "    use a reward model whose template renders an answer after the prompt"
-            )
-        return text[: text.rindex(_END)]
+        loaded = self.loaded
+        return render_answer(
+            loaded.field, self.tokenizer, prompt, response, finished, to_end_token=loaded.to_end_token
+        )
+
+
+def render_answer(
+    field: str,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Messages,
+    response: str,
+    finished: bool,
+    *,
+    to_end_token: bool = False,
+) -> str:
+    """The dialogue in the tokenizer's template, up to the end of the response if it did not finish.
+
+    field: where the YAML names the model. to_end_token: see LoadedRewardModel. Raises UserError when the
+    template refuses the prompt, or does not write an answer.
+    """
+    where = f"{field}: the chat template of {tokenizer.name_or_path}"
+    answer = {"role": "assistant", "content": response if finished else response + _END}
+    try:
+        if to_end_token:
+            text = whole_dialogue(tokenizer, [*prompt, answer])
+        else:
+            text = str(tokenizer.apply_chat_template([*prompt, answer], tokenize=False))
+    except TemplateError as error:
+        raise UserError(
+            f"{where} refuses a prompt of the data set ({error})\n"
+            "    use a reward model that reads such dialogues, or curate prompts without these turns"
+        ) from error
+    if finished:
+        return text
+    if _END not in text:
+        raise UserError(
+            f"{where} does not write the assistant's answer, so there is nothing to score\n"
+            "    use a reward model whose template renders an answer after the prompt"
+        )
+    return text[: text.rindex(_END)]
 
 
 def without(text: str, special: Sequence[str]) -> str:

@@ -27,11 +27,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data_prep.dataset import read_split
 from posttrain.errors import PosttrainError, UserError
-from posttrain.hashing import adapter_base, fingerprint_tokenizer
+from posttrain.hashing import adapter_base
 from posttrain.models import is_adapter, load_tokenizer
 from posttrain.stage import StageContext
 from train.merge import set_special_tokens
@@ -41,7 +41,7 @@ from train.ppo.config import PpoStageConfig
 from train.ppo.engines.base import SamplingParams
 from train.ppo.engines.build import build_engine
 from train.ppo.held_out import HeldOutEvaluation
-from train.ppo.layouts import load_networks, make_ready
+from train.ppo.layouts import load_networks, make_ready, reads_policy_tokens
 from train.ppo.loop import PpoLoop
 from train.ppo.networks import POLICY_ADAPTER, Networks
 from train.ppo.reward_config import RewardsConfig
@@ -154,7 +154,7 @@ def build_networks(
     """
     model_dir = context.path("model").resolve()
     reward_dir = None if config.reward is None else context.path("reward").resolve()
-    if reward_dir is not None and fingerprint_tokenizer(reward_dir) != fingerprint_tokenizer(model_dir):
+    if reward_dir is not None and not reads_policy_tokens(model_dir, reward_dir):
         context.console.print(
             "ppo: the reward model has a tokenizer or template of its own: responses are rendered anew for "
             "it, and the value network starts from the policy"
@@ -164,7 +164,7 @@ def build_networks(
     context.console.print(f"ppo: layout {layout}")
     for name, trunk in (("model", networks.policy_trunk), ("reward", networks.reward_trunk)):
         if trunk is not None:
-            require_positions(name, trunk.plain, config)
+            require_positions(name, trunk.plain.config, config)
     assert isinstance(tokenizer.pad_token_id, int)
     make_ready(networks, config, accelerator.device, prompts.ids, tokenizer.pad_token_id)
     if not networks.fused:
@@ -189,7 +189,7 @@ def build_scorers(
     loaded = load_reward_models(fields, context.path, context.path("model"))
     for member in loaded:
         if member.tokenizer is None:
-            require_positions(member.field, member.model, config)
+            require_positions(member.field, member.model.config, config)
 
     def scorers(rewards: RewardsConfig, rows: Dataset) -> Rewards:
         return build_rewards(
@@ -231,11 +231,11 @@ def build_accelerator(bf16: bool) -> Accelerator:
     return accelerator
 
 
-def require_positions(name: str, model: PreTrainedModel, config: PpoStageConfig) -> None:
-    """Raise UserError when prompt and response do not fit the model's context."""
+def require_positions(name: str, model: PreTrainedConfig, config: PpoStageConfig) -> None:
+    """Raise UserError when prompt and response do not fit the context of a model of this configuration."""
     longest, limit = (
         config.max_prompt_tokens + config.max_new_tokens,
-        model.config.get_text_config().max_position_embeddings,
+        model.get_text_config().max_position_embeddings,
     )
     if longest > limit:
         raise UserError(

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from posttrain.errors import UserError
 from train.ppo.advantages import gae, summed_by, whiten
 from train.ppo.config import PpoStageConfig
 from train.ppo.engines.base import RolloutEngine
@@ -70,12 +69,7 @@ class PpoTrainer:
         eos_id: int,
         pad_id: int,
     ) -> None:
-        share = accelerator.num_processes * config.num_mini_batches
-        if config.batch_size % share:
-            raise UserError(
-                f"batch_size {config.batch_size} is not divisible by {accelerator.num_processes} processes x "
-                f"num_mini_batches {config.num_mini_batches}; use a multiple of {share}"
-            )
+        config.check_processes(accelerator.num_processes)
         self.config, self.accelerator, self.rewards, self.engine = config, accelerator, rewards, engine
         self.prompts, self.eos_id, self.pad_id = prompts, eos_id, pad_id
         self.networks = networks.to(accelerator.device)

@@ -1,0 +1,203 @@
+"""PPO: models that fit each other and the layout, and prompts that fit the models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft import TaskType
+from transformers import PreTrainedTokenizerBase
+
+from data_prep.dataset import SPLITS, Split
+from posttrain.errors import DataError, UserError
+from posttrain.models import check_score_head, load_chat_tokenizer
+from posttrain.preflight import Findings
+from posttrain.rundir import read_manifest
+from train.encode import Fault
+from train.ppo.config import PpoStageConfig
+from train.ppo.layouts import choose_layout, reads_policy_tokens
+from train.ppo.reward_sources import render_answer
+from train.ppo.rollout import encode_prompts
+from train.ppo.stage import require_positions
+from train.preflight.disk import check_disk
+from train.preflight.lora import check_lora
+from train.preflight.machine import check_precision, check_processes, this_device
+from train.preflight.models import Size, measure, read_config, skeleton
+from train.preflight.rows import Sample, all_alike, judge, read_samples
+from train.preflight.tokens import check_vocabulary, doubled_bos, pieces, read_tokenizer, rendering
+
+MAX_PROMPTS_DROPPED = 0.5
+"""Largest share of prompts over max_prompt_tokens; dropping more than that is refused, fewer a warning."""
+
+
+def check_ppo(config: PpoStageConfig, paths: Mapping[str, Path], run_dir: Path) -> Findings:
+    """Everything about a ppo stage."""
+    findings = Findings()
+    device = this_device()
+    findings.add(check_precision(config, device))
+    samples = _read_prompts(config, paths["data"], findings) if "data" in paths else []
+    findings.add(check_processes(config, device, None))
+    for field in reward_fields(config):
+        if field in paths:
+            _check_reward(config, field, paths, samples, findings)
+    if "model" not in paths:
+        return findings
+    _check_policy(config, paths, run_dir, findings)
+    tokenizer = read_tokenizer(paths["model"], "model", findings)
+    model = read_config(paths["model"], "model", Findings())
+    if tokenizer is None or model is None:
+        return findings
+    check_vocabulary(tokenizer, model, "model", findings)
+    for sample in samples:
+        with rendering(tokenizer, sample.where, "data", findings):
+            _check_prompts(config, tokenizer, sample, findings)
+    return findings
+
+
+def reward_fields(config: PpoStageConfig) -> list[str]:
+    """The fields that name a reward model."""
+    members = config.rewards.ensemble.models if config.rewards.ensemble is not None else []
+    fields = [f"rewards.ensemble.models.{index}" for index in range(len(members))]
+    return fields if config.reward is None else ["reward", *fields]
+
+
+def _read_prompts(config: PpoStageConfig, path: Path, findings: Findings) -> list[Sample]:
+    splits: tuple[Split, ...] = ("train",) if config.held_out is None else SPLITS
+    samples = read_samples(path, "prompt", config.seed, findings, splits=splits)
+    for sample in samples:
+        if sample.split == "train":
+            prompts = [row["prompt"] for row in sample.rows]
+            all_alike(findings.warn, sample, "prompts", prompts, "curate prompts that differ")
+    return samples
+
+
+def _check_policy(
+    config: PpoStageConfig, paths: Mapping[str, Path], run_dir: Path, findings: Findings
+) -> None:
+    """The policy, which frozen is the reference: an SFT model with a possible layout, LoRA and disk space."""
+    path = paths["model"]
+    kind = _made_by(path)
+    if kind == "base":
+        findings.warn(
+            "model",
+            f"{config.model} is a base model: it is the reference that KL is measured from, and has not "
+            "learned to answer",
+            "fine-tune it first (stage: sft, then merge) and start PPO from that model",
+        )
+    model_config = read_config(path, "model", findings)
+    if model_config is None:
+        return
+    if any("SequenceClassification" in name for name in model_config.architectures or []) or kind == "reward":
+        findings.fail(
+            "model",
+            f"{config.model} is a reward model, not the SFT model that PPO starts from and measures KL to",
+            "set model to the run of the sft or merge stage, and reward to this one",
+        )
+        return
+    try:
+        require_positions("model", model_config, config)
+    except UserError as error:
+        _fail_with_advice(findings, "max_prompt_tokens", error, ": lower")
+    layout = _check_layout(config, paths, findings)
+    model = skeleton(model_config, TaskType.CAUSAL_LM, "model", findings)
+    if model is None or layout is None:
+        return
+    if config.peft is None:
+        size: Size | None = measure(model, None, TaskType.CAUSAL_LM)
+    else:
+        size = check_lora(config.peft, model, TaskType.CAUSAL_LM, findings)
+    if size is not None:
+        critic = {"shared": size.trained, "full": size.total}[layout] if config.value == "model" else 0
+        findings.add(check_disk(config, Size(size.trained + critic, size.total, size.whole), None, run_dir))
+
+
+def _made_by(path: Path) -> str | None:
+    """The kind of stage that made a model directory; None where that is not known."""
+    try:
+        manifest = read_manifest(path.parent) if path.name == "model" else None
+    except UserError:
+        return None
+    return manifest["stage"] if manifest else None
+
+
+def _check_layout(config: PpoStageConfig, paths: Mapping[str, Path], findings: Findings) -> str | None:
+    """The layout, as far as the models are there; None, with a problem, when it is impossible."""
+    reward = paths.get("reward")
+    if config.reward is not None and reward is None:
+        return config.layout if config.layout != "auto" else "full"
+    try:
+        if reward is not None and not reads_policy_tokens(paths["model"], reward):
+            reward = None
+        layout, obstacle = choose_layout(config, paths["model"].resolve(), reward and reward.resolve())
+    except UserError as error:
+        field, _, text = str(error).partition(": ")
+        message, _, remedy = text.partition(". ")
+        findings.fail(field if field in ("layout", "model") else "model", message, remedy)
+        return None
+    if obstacle and config.peft is not None:
+        findings.notes.append(f"layout {layout}: {obstacle}")
+    return layout
+
+
+def _check_reward(
+    config: PpoStageConfig,
+    field: str,
+    paths: Mapping[str, Path],
+    samples: Sequence[Sample],
+    findings: Findings,
+) -> None:
+    """A reward model: score head, context, and that a template of its own renders the prompts."""
+    path = paths[field]
+    try:
+        check_score_head(path)
+        model = read_config(path, field, findings)
+        if model is None or "model" not in paths:
+            return
+        if reads_policy_tokens(paths["model"], path):
+            require_positions(field, model, config)
+            return
+        tokenizer = load_chat_tokenizer(path)
+        for sample in samples[:1]:
+            render_answer(field, tokenizer, sample.rows[0]["prompt"], "Hello.", False)
+    except UserError as error:
+        _fail_with_advice(findings, field, error, ": lower")
+        return
+    findings.warn(
+        field,
+        f"{path} has a tokenizer or chat template of its own: responses are rendered anew for it, and the "
+        "value network starts from the policy",
+        "train the reward model from the policy's own SFT model to score the very tokens it samples",
+    )
+
+
+def _fail_with_advice(findings: Findings, field: str, error: UserError, advice: str) -> None:
+    """Add an error whose remedy follows `advice` in the same sentence, or is indented below it."""
+    message, found, remedy = str(error).partition(advice)
+    if found:
+        findings.fail(field, message, f"{advice.removeprefix(': ')}{remedy}")
+    else:
+        findings.fail_with(field, error)
+
+
+def _check_prompts(
+    config: PpoStageConfig, tokenizer: PreTrainedTokenizerBase, sample: Sample, findings: Findings
+) -> None:
+    """Prompts that are too long, or begin with two BOS tokens."""
+    where, limit = "max_prompt_tokens", config.max_prompt_tokens
+    try:
+        ids, kept = encode_prompts([row["prompt"] for row in sample.rows], tokenizer, limit)
+    except DataError as error:
+        message, _, remedy = str(error).partition(". ")
+        findings.fail(where, f"{sample.where}: {message}", remedy)
+        return
+    fits = set(kept)
+    long = [name for index, name in enumerate(sample.ids) if index not in fits]
+    if long:
+        what = f"are longer than max_prompt_tokens={limit} and would be dropped"
+        remedy = "raise max_prompt_tokens, or curate shorter prompts"
+        fault = Fault(long, len(sample.rows), "prompts", what, remedy)
+        judge(findings, where, sample.where, fault, MAX_PROMPTS_DROPPED)
+    names = [sample.ids[index] for index in kept]
+    judge(findings, "model", sample.where, doubled_bos(tokenizer, ids, names))
+    if not findings.example:
+        findings.example = pieces(tokenizer, ids[0], [False] * len(ids[0]))
