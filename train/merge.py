@@ -135,10 +135,8 @@ def check_merge(difference: float, change: float, tolerance: float) -> None:
     if not difference <= tolerance:
         raise PosttrainError(
             f"merged logits differ from the adapter's by {difference:.3g}, more than "
-            f"tolerance={tolerance:.3g}. "
-            "Nothing was written. Large differences come from tied weights or modules_to_save; small ones "
-            "from "
-            "rounding, for which the tolerance may be raised."
+            f"tolerance={tolerance:.3g}. Nothing was written. Large differences come from tied weights or "
+            "modules_to_save; small ones from rounding, for which the tolerance may be raised."
         )
     if change == 0:
         raise PosttrainError(

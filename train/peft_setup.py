@@ -56,8 +56,8 @@ def refuse_adapter(path: Path, ref: str) -> None:
     if is_adapter(path):
         raise UserError(
             f"model: {ref} is a LoRA adapter. What is trained on top of it would name a base model that "
-            "exists "
-            "nowhere. Merge it first (stage: merge, model: that run) and start from the merged model."
+            "exists nowhere. Merge it first (stage: merge, model: that run) and start from the merged "
+            "model."
         )
 
 

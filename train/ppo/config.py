@@ -95,13 +95,11 @@ class PpoStageConfig(StageConfig):
     reward: ForeignModelRef | None = Field(
         None,
         description="Reward model (SEQ_CLS); it also initialises the value network. null: only what "
-        "`rewards` "
-        "names, and a value head that starts at zero.",
+        "`rewards` names, and a value head that starts at zero.",
     )
     data: DatasetRef = Field(
         description="Prompts: a dataset directory of kind prompt; its train split is used, and its eval "
-        "split "
-        "for `held_out`."
+        "split for `held_out`."
     )
     rewards: RewardsConfig = Field(
         RewardsConfig(), description="What is rewarded besides `reward`, and how the scores are combined."
@@ -109,17 +107,15 @@ class PpoStageConfig(StageConfig):
     rollout: RolloutConfig = Field(RolloutConfig(), description="The engine that generates responses.")
     layout: Literal["auto", "full", "shared"] = Field(
         "auto",
-        description="`shared`: one frozen base in memory, with adapters for policy, value network and reward "
-        "model (needs `peft` and a reward model that is a LoRA adapter on the same base). `full`: networks "
-        "of "
-        "their own. `auto`: shared where possible.",
+        description="`shared`: one frozen base in memory, with adapters for policy, value network and "
+        "reward model (needs `peft` and a reward model that is a LoRA adapter on the same base). `full`: "
+        "networks of their own. `auto`: shared where possible.",
     )
     value: Literal["model", "head"] = Field(
         "model",
         description="`model`: a value network beside the policy, started from the reward model. `head`: a "
-        "value "
-        "head on the policy's own hidden states: one forward and backward pass instead of two, but it starts "
-        "from zero and its gradient reaches the policy.",
+        "value head on the policy's own hidden states: one forward and backward pass instead of two, but it "
+        "starts from zero and its gradient reaches the policy.",
     )
 
     total_episodes: int = Field(1024, ge=1, description="Responses sampled in the whole run.")
@@ -130,8 +126,7 @@ class PpoStageConfig(StageConfig):
         8192,
         ge=1,
         description="Tokens per forward pass on one process, padding included; responses of similar length "
-        "go "
-        "together. Memory only: it does not change the loss. Lower it when memory runs out.",
+        "go together. Memory only: it does not change the loss. Lower it when memory runs out.",
     )
     micro_batch_size: int | None = Field(
         None,
@@ -167,15 +162,13 @@ class PpoStageConfig(StageConfig):
         None,
         gt=1,
         description="Where the advantage is negative, the ratio counts as at most this (Ye et al. 2020 use "
-        "3); "
-        "null: unbounded.",
+        "3); null: unbounded.",
     )
     target_kl: float | None = Field(
         None,
         gt=0,
         description="Stop the passes over a rollout when the KL from the policy that wrote it, in nats per "
-        "token, "
-        "exceeds this; null: all num_ppo_epochs are taken.",
+        "token, exceeds this; null: all num_ppo_epochs are taken.",
     )
     entropy_coef: float = Field(
         0.0, ge=0, description="Weight of an entropy bonus, per token, in the policy's loss."
@@ -188,8 +181,7 @@ class PpoStageConfig(StageConfig):
     truncated: Literal["keep", "mask_last", "mask"] = Field(
         "keep",
         description="Responses that reached max_new_tokens: `keep` trains on them, `mask_last` leaves the "
-        "token "
-        "they were cut at out of the losses, `mask` the whole response.",
+        "token they were cut at out of the losses, `mask` the whole response.",
     )
     truncated_importance_sampling: float | None = Field(
         None,
@@ -217,8 +209,7 @@ class PpoStageConfig(StageConfig):
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         "k1",
         description="Estimator of the penalty (Schulman, Approximating KL): k1 inside the reward, k2 or k3 "
-        "in "
-        "the loss.",
+        "in the loss.",
     )
     kl_controller: KlController = Field(KlController(), description="How kl_coef moves.")
 
@@ -281,8 +272,7 @@ class PpoStageConfig(StageConfig):
         if self.kl_in == "loss" and self.kl_estimator == "k1":
             raise ValueError(
                 "kl_estimator k1 in the loss pulls nowhere: the expected gradient of log p/q under p is 0. "
-                "Use "
-                "k2 or k3 with kl_in: loss, or kl_in: reward"
+                "Use k2 or k3 with kl_in: loss, or kl_in: reward"
             )
         return self
 
