@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 
 CONFIGS = {
+    "pretrain": "train.config:PretrainConfig",
     "sft": "train.config:SftConfig",
     "reward": "train.config:RewardConfig",
     "dpo": "train.config:DpoConfig",
+    "kto": "train.config:KtoConfig",
+    "orpo": "train.config:OrpoConfig",
+    "cpo": "train.config:CpoConfig",
+    "grpo": "train.online_config:GrpoConfig",
+    "rloo": "train.online_config:RlooConfig",
     "merge": "train.config:MergeConfig",
 }
 TRAINER = {
