@@ -36,6 +36,11 @@ class SourceConfig(StrictModel):
     group_column: str | None = Field(
         None, description="Column whose value is the split group, e.g. a customer id. Default: see split.by."
     )
+    meta_columns: list[str] = Field(
+        default_factory=list,
+        description="Columns of the file that are kept in the record's meta, for reward functions to read, "
+        "e.g. [answer].",
+    )
     use: Side = Field(
         "chosen",
         description="Which side of a preference becomes the answer when kind is conversation or text.",
@@ -67,6 +72,8 @@ class SourceConfig(StrictModel):
                 raise ValueError(
                     "`format`, `columns`, `group_column` and `use` belong to `path`, not to `generator`"
                 )
+            if self.meta_columns:
+                raise ValueError("`meta_columns` belongs to `path`, not to `generator`")
         elif self.options or self.seed is not None:
             raise ValueError("`options` and `seed` belong to `generator`, not to `path`")
         return self

@@ -77,10 +77,22 @@ def _from_file(
             record = FORMATS[report.format].parse(row)
             # The group is that of the source record, so that all kinds made from one file split alike.
             group = _group(row, source.group_column) if source.group_column else default_group(record)
-            record = replace(record, source=f"{report.name}:{line}", group=group)
+            meta = _with_columns(record.meta, row, source.meta_columns)
+            record = replace(record, source=f"{report.name}:{line}", group=group, meta=meta)
             yield line, project(record, kind, source.use)
         except InvalidRecord as error:
             yield line, Reject(report.name, line, error.reason, str(error), excerpt(row))
+
+
+def _with_columns(meta: str, row: dict[str, Any], names: list[str]) -> str:
+    """The meta text with these columns of the row added. Raises InvalidRecord: missing_field."""
+    if not names:
+        return meta
+    missing = [name for name in names if row.get(name) is None]
+    if missing:
+        raise InvalidRecord("missing_field", f"meta_columns: the row has no {', '.join(map(repr, missing))}")
+    kept = {**json.loads(meta), **{name: row[name] for name in names}}
+    return json.dumps(kept, ensure_ascii=False, sort_keys=True)
 
 
 def _group(row: dict[str, Any], column: str) -> str:

@@ -234,9 +234,17 @@ def _run_stage(
 _EXAMPLES = {
     "curate": "kind=conversation 'sources=[{path: data/*.jsonl}]'",
     "base": "data=runs/tiny/corpus steps=300",
+    "pretrain": "model=runs/tiny/base data=runs/my-texts trainer.max_steps=100",
     "sft": "model=runs/tiny/base data=runs/tiny/demos trainer.max_steps=100",
     "reward": "model=runs/tiny/sft-merged data=runs/tiny/prefs",
     "dpo": "model=runs/tiny/sft-merged data=runs/tiny/prefs trainer.beta=0.2",
+    "kto": "model=runs/tiny/sft-merged data=runs/tiny/prefs trainer.beta=0.2",
+    "orpo": "model=runs/tiny/base data=runs/tiny/prefs trainer.max_steps=100",
+    "cpo": "model=runs/tiny/sft-merged data=runs/tiny/prefs trainer.loss_type=simpo",
+    "grpo": "model=runs/tiny/sft-merged reward=runs/tiny/reward data=runs/tiny/prompts "
+    "max_prompt_tokens=160 trainer.max_completion_length=64",
+    "rloo": "model=runs/tiny/sft-merged reward=runs/tiny/reward data=runs/tiny/prompts "
+    "max_prompt_tokens=160 trainer.max_completion_length=64",
     "ppo": "my-ppo.yaml kl_coef=0.1",
     "eval": "models.sft=runs/tiny/sft-merged prompts=runs/tiny/prompts",
     "merge": "model=runs/tiny/sft",
@@ -265,8 +273,8 @@ def check(
 ) -> None:
     """Find every mistake in a configuration, its data and its models without running anything.
 
-    Trainer arguments are checked against TRL. For sft, reward, dpo and ppo, data and models that are there
-    already are looked at too, without loading weights, and one example is shown with its loss mask.
+    Trainer arguments are checked against TRL. For training stages, data and models that are there already are
+    looked at too, without loading weights, and one example is shown with its loss mask.
     """
     with _reporting():
         from posttrain.errors import ConfigError

@@ -27,21 +27,27 @@ from posttrain.errors import PosttrainError, UserError
 from posttrain.stage import StageContext
 from train.checkpoints import discard_incomplete, last_complete_checkpoint, mark_complete, step_of
 
-_SKIPPED = ("epoch", "total_flos", "eval_num_tokens")
+_SKIPPED = ("epoch", "total_flos", "eval_num_tokens", "step_time")
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second")
 
 
 class RunCallback(TrainerCallback):
     """Logs to metrics.jsonl, moves the progress bar and marks checkpoints complete.
 
+    tokens_in_state: whether the trainer keeps its token count in the trainer state, which a checkpoint holds
+    (GRPO, RLOO); the others count from 0 again after a resume, and what was counted before is added here.
+
     Raises:
         PosttrainError: the loss or the gradient norm is not finite.
     """
 
-    def __init__(self, context: StageContext, description: str, evaluate_at_end: bool) -> None:
+    def __init__(
+        self, context: StageContext, description: str, evaluate_at_end: bool, tokens_in_state: bool = False
+    ) -> None:
         self._context = context
         self._description = description
         self._evaluate_at_end = evaluate_at_end
+        self._tokens_in_state = tokens_in_state
         self._exits = contextlib.ExitStack()
         self._bar: Any = None
         self._tokens_before = 0.0
@@ -56,7 +62,7 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         counted = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
-        self._tokens_before = counted[-1] if counted else 0.0
+        self._tokens_before = counted[-1] if counted and not self._tokens_in_state else 0.0
         self._bar = self._exits.enter_context(
             self._context.progress(self._description, total=state.max_steps)
         )
@@ -122,8 +128,12 @@ def check_processes(trainer: Trainer) -> None:
         )
 
 
-def fit(trainer: Trainer, context: StageContext, description: str) -> dict[str, float]:
+def fit(
+    trainer: Trainer, context: StageContext, description: str, *, tokens_in_state: bool = False
+) -> dict[str, float]:
     """Train to the end, from the last complete checkpoint if there is one.
+
+    tokens_in_state: see `RunCallback`.
 
     Returns:
         The last logged training values and the final evaluation, as in metrics.jsonl.
@@ -134,7 +144,8 @@ def fit(trainer: Trainer, context: StageContext, description: str) -> dict[str, 
     discard_incomplete(root)
     context.rewind(step_of(checkpoint) if checkpoint else -1)
     trainer.remove_callback(PrinterCallback)
-    with RunCallback(context, description, evaluate_at_end=trainer.eval_dataset is not None) as callback:
+    evaluate = trainer.eval_dataset is not None
+    with RunCallback(context, description, evaluate, tokens_in_state) as callback:
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.remove_callback(callback)

@@ -1,4 +1,6 @@
-"""Configuration of the sft, reward, dpo and merge stages (torch-free).
+"""Configuration of the stages that train with TRL, and of merge (torch-free).
+
+Those of grpo and rloo are in ``train/online_config.py``.
 
 What TRL or transformers already name is not named again: it goes into ``trainer:`` under TRL's own field
 names and is checked against TRL's dataclass (``train/trainer_args.py``) before a weight is loaded.
@@ -49,7 +51,7 @@ class PeftSettings(StrictModel):
 
 
 class TrainingStageConfig(StageConfig):
-    """What sft, reward and dpo have in common."""
+    """What the stages that train a model with TRL have in common."""
 
     model: ModelRef = Field(description="Model to start from: a run directory, a local path or a Hub id.")
     peft: PeftSettings | None = Field(PeftSettings(), description="LoRA settings; null trains every weight.")
@@ -58,6 +60,17 @@ class TrainingStageConfig(StageConfig):
     attn_implementation: str | None = Field(
         None,
         description="Attention code: eager, sdpa, flash_attention_2, ...; null lets transformers choose.",
+    )
+
+
+class PretrainConfig(TrainingStageConfig):
+    """Continued pretraining on plain text: loss on every token."""
+
+    data: DatasetRef = Field(description="Texts: a dataset directory of kind text.")
+    trainer: dict[str, Any] = Field(
+        {},
+        description="Fields of trl.SFTConfig. Defaults that differ from TRL's: "
+        "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
     )
 
 
@@ -105,11 +118,50 @@ class DpoConfig(TrainingStageConfig):
     )
 
 
+class KtoConfig(TrainingStageConfig):
+    """Kahneman-Tversky optimisation: answers that are each good or bad, without a partner to compare with.
+    The reference is that of dpo."""
+
+    data: DatasetRef = Field(
+        description="Labelled pairs: a dataset directory of kind preference. Each pair gives two rows, the "
+        "chosen answer as desirable and the rejected one as undesirable."
+    )
+    trainer: dict[str, Any] = Field(
+        {},
+        description="Fields of trl.KTOConfig. Defaults that differ from TRL's: "
+        "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
+    )
+
+
+class OrpoConfig(TrainingStageConfig):
+    """Odds-ratio preference optimisation on pairs: supervised loss and preference loss in one, without a
+    reference. TRL keeps it in trl.experimental."""
+
+    data: DatasetRef = Field(description="Labelled pairs: a dataset directory of kind preference.")
+    trainer: dict[str, Any] = Field(
+        {},
+        description="Fields of trl.experimental.orpo.ORPOConfig. Defaults that differ from TRL's: "
+        "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
+    )
+
+
+class CpoConfig(TrainingStageConfig):
+    """Contrastive preference optimisation on pairs, without a reference; ``trainer.loss_type`` makes it SimPO
+    or AlphaPO. TRL keeps it in trl.experimental."""
+
+    data: DatasetRef = Field(description="Labelled pairs: a dataset directory of kind preference.")
+    trainer: dict[str, Any] = Field(
+        {},
+        description="Fields of trl.experimental.cpo.CPOConfig. Defaults that differ from TRL's: "
+        "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
+    )
+
+
 class MergeConfig(StageConfig):
     """Fold a LoRA adapter into its base model and prove that the result computes the same."""
 
     model: ModelRef = Field(
-        description="The adapter: a run directory of sft, reward, dpo or ppo, or a PEFT directory."
+        description="The adapter: the run directory of a training stage, or a PEFT directory."
     )
     data: DatasetRef | None = Field(
         None,

@@ -75,6 +75,17 @@ def load_policy(path: Path, config: TrainingStageConfig) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path.resolve(), dtype=torch_dtype(config.dtype), **options)
 
 
+def load_reference(path: Path, config: TrainingStageConfig) -> PreTrainedModel | None:
+    """The frozen second copy that a loss with a reference needs; None where there is one without it.
+
+    With LoRA the reference is the model with the adapter switched off; with
+    ``trainer.precompute_ref_log_probs`` its log-probabilities are computed once, before the first step.
+    """
+    if config.peft is not None or config.trainer.get("precompute_ref_log_probs", False):
+        return None
+    return load_policy(path, config)
+
+
 def length_limit(config: PreTrainedConfig, asked: int | None, default: int = 1024) -> int:
     """``max_length`` of the trainer: what was asked for, else `default`, never beyond the positions that the
     model of this configuration has.

@@ -16,22 +16,12 @@ from typing import Any
 from peft import TaskType
 from trl import DPOTrainer
 
-from data_prep.dataset import Split, read_split
-from posttrain.errors import DataError
 from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
-from train.callbacks import fit
 from train.config import DpoConfig
-from train.encode import encode_pairs
-from train.peft_setup import (
-    check_learned,
-    length_limit,
-    load_policy,
-    lora_config,
-    quiet_libraries,
-    save_model,
-    snapshot,
-)
+from train.finish import train_and_save
+from train.pairs import load_pairs
+from train.peft_setup import length_limit, load_policy, load_reference, lora_config, quiet_libraries
 from train.trainer_args import build_args
 
 
@@ -46,8 +36,7 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
     path = context.path("model")
     tokenizer = load_tokenizer(path)
     model = load_policy(path, config)
-    needs_copy = config.peft is None and not config.trainer.get("precompute_ref_log_probs", False)
-    reference = load_policy(path, config) if needs_copy else None
+    reference = load_reference(path, config)
 
     with context.phase("tokenize"):
         max_length = length_limit(model.config, config.trainer.get("max_length"))
@@ -63,30 +52,4 @@ def run(config: DpoConfig, context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
     )
-
-    before = snapshot(trainer)
-    with context.phase("train"):
-        metrics = fit(trainer, context, "dpo")
-    check_learned(trainer, before)
-    with context.phase("save"), context.staging("model") as folder:
-        save_model(trainer, tokenizer, folder)
-    return counts | metrics
-
-
-def load_pairs(
-    context: StageContext, split: Split, tokenizer: Any, max_length: int
-) -> tuple[Any, dict[str, int]]:
-    """A split as a dataset of prompt, chosen and rejected, without the pairs that do not fit `max_length`.
-
-    TRL would cut such a pair, and with it the end-of-turn token; here it is left out and counted.
-
-    Raises:
-        DataError: no pair is left, or one does not end with the end-of-turn token.
-    """
-    rows = read_split(context.path("data"), split, "preference")
-    encoded = encode_pairs(tokenizer, rows.to_list())
-    fits = [index for index, pair in enumerate(encoded) if max(map(len, pair)) <= max_length]
-    if not fits:
-        raise DataError(f"none of {len(encoded)} {split} pairs fits trainer.max_length={max_length}")
-    counts = {"pairs": len(fits), "pairs_dropped_too_long": len(encoded) - len(fits)}
-    return rows.select(fits).select_columns(["prompt", "chosen", "rejected"]), counts
+    return counts | train_and_save(trainer, tokenizer, context, "dpo")

@@ -20,18 +20,10 @@ from data_prep.dataset import Split, read_split
 from posttrain.errors import DataError
 from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
-from train.callbacks import fit
 from train.config import SftConfig
 from train.encode import IGNORED, encode_conversations
-from train.peft_setup import (
-    check_learned,
-    length_limit,
-    load_policy,
-    lora_config,
-    quiet_libraries,
-    save_model,
-    snapshot,
-)
+from train.finish import train_and_save
+from train.peft_setup import length_limit, load_policy, lora_config, quiet_libraries
 from train.trainer_args import build_args
 
 
@@ -64,14 +56,7 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
     )
-
-    before = snapshot(trainer)
-    with context.phase("train"):
-        metrics = fit(trainer, context, "sft")
-    check_learned(trainer, before)
-    with context.phase("save"), context.staging("model") as folder:
-        save_model(trainer, tokenizer, folder)
-    return train_counts | metrics
+    return train_counts | train_and_save(trainer, tokenizer, context, "sft")
 
 
 def load_rows(

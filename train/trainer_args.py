@@ -2,7 +2,7 @@
 
 TRL's own scripts drop a key they do not know without a word. Here an unknown key, a value of the wrong type,
 a key that posttrain sets itself and a combination that TRL refuses or quietly ignores are reported together,
-each with its YAML path. `check` is the hook of the sft, reward and dpo stages.
+each with its YAML path. `check` is the hook of every stage that trains with TRL.
 """
 
 from __future__ import annotations
@@ -10,16 +10,30 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import importlib
 import types
 import typing
+import warnings
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from posttrain.errors import Problem
-from train.config import DpoConfig, RewardConfig, SftConfig, TrainingStageConfig
+from train.config import (
+    CpoConfig,
+    DpoConfig,
+    KtoConfig,
+    OrpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+    TrainingStageConfig,
+)
 from train.launch import launch_problems
+from train.online_config import GrpoConfig, OnlineConfig, RlooConfig
+from train.ppo.reward_config import check_functions
+from train.trainer_rules import contradictions, off_boundary
 
 _RUN_DIRECTORY = "it is the run directory's; set the pipeline's output_dir and the stage's name"
 _SEED = "set `seed:` of the stage"
@@ -59,6 +73,15 @@ OWNED: dict[str, str] = {
 }
 """Fields that the ``trainer:`` block may not set, and what to do instead."""
 
+OWNED_ONLINE: dict[str, str] = {
+    "reward_weights": "set `weight` of rewards.functions and rewards.model_weight",
+    "shuffle_dataset": "prompts are shuffled once, with the stage's seed, so that a run can be resumed",
+    "remove_unused_columns": "rewards find the prompt's row by a column of their own; remove the key",
+    "chat_template_kwargs": _TOKENIZER,
+    "log_completions_hub_repo": _HUB,
+}
+"""The same, of grpo and rloo alone."""
+
 DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_strategy": "steps",
@@ -66,7 +89,6 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "activation_checkpointing": False,
     "bf16": False,
-    "dataset_num_proc": None,
     "dataloader_num_workers": 0,
 }
 
@@ -75,8 +97,27 @@ def arguments_class(config: TrainingStageConfig) -> type:
     """The TRL dataclass that the ``trainer:`` block of this configuration fills."""
     import trl
 
-    classes = {SftConfig: trl.SFTConfig, RewardConfig: trl.RewardConfig, DpoConfig: trl.DPOConfig}
+    if isinstance(config, OrpoConfig):
+        return experimental("orpo", "ORPOConfig")
+    if isinstance(config, CpoConfig):
+        return experimental("cpo", "CPOConfig")
+    classes = {
+        PretrainConfig: trl.SFTConfig,
+        SftConfig: trl.SFTConfig,
+        RewardConfig: trl.RewardConfig,
+        DpoConfig: trl.DPOConfig,
+        KtoConfig: trl.KTOConfig,
+        GrpoConfig: trl.GRPOConfig,
+        RlooConfig: trl.RLOOConfig,
+    }
     return classes[type(config)]
+
+
+def experimental(module: str, name: str) -> Any:
+    """`name` of trl.experimental.`module`, without the warning that it may change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return vars(importlib.import_module(f"trl.experimental.{module}"))[name]
 
 
 def check(config: TrainingStageConfig, where: str) -> list[Problem]:
@@ -84,24 +125,27 @@ def check(config: TrainingStageConfig, where: str) -> list[Problem]:
     cls = arguments_class(config)
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    problems = []
+    owned = OWNED | (OWNED_ONLINE if isinstance(config, OnlineConfig) else {})
+    problems: list[Problem] = []
+    sound: dict[str, Any] = {}
     for name, value in config.trainer.items():
         path = f"{where}.trainer.{name}"
-        if name in OWNED:
-            problems.append(Problem(path, "posttrain sets this field itself", OWNED[name]))
+        if name in owned:
+            problems.append(Problem(path, "posttrain sets this field itself", owned[name]))
         elif name not in fields:
-            problems.append(_unknown(path, name, cls, set(fields) - set(OWNED)))
+            problems.append(_unknown(path, name, cls, set(fields) - set(owned)))
         else:
-            problems += _check_value(path, value, hints[name], fields[name].metadata.get("choices"))
-    problems += _contradictions(config, f"{where}.trainer")
+            wrong = _check_value(path, value, hints[name], fields[name].metadata.get("choices"))
+            problems += wrong
+            if not wrong:
+                sound[name] = value
+    problems += contradictions(config.model_copy(update={"trainer": sound}), f"{where}.trainer")
     problems += launch_problems(where)
     if not problems:  # transformers initialises torch.distributed as it builds the arguments
         problems += _constructed(config, f"{where}.trainer")
+    if isinstance(config, OnlineConfig):
+        problems += check_functions(config.rewards, f"{where}.rewards")
     return problems
-
-
-check_sft = check_reward = check_dpo = check
-"""The names under which the registry finds the hook."""
 
 
 def build_args(config: TrainingStageConfig, output_dir: Path, **defaults: Any) -> Any:
@@ -121,6 +165,8 @@ def build_args(config: TrainingStageConfig, output_dir: Path, **defaults: Any) -
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
     }
+    if isinstance(config, OnlineConfig):
+        defaults = {"disable_dropout": True} | defaults
     hardware = {"use_cpu": not cuda, "dataloader_pin_memory": cuda}
     if "per_device_train_batch_size" in block:  # evaluation needs less memory per row than training
         defaults.setdefault("per_device_eval_batch_size", block["per_device_train_batch_size"])
@@ -166,64 +212,9 @@ def _spell(hint: Any) -> str:
     return str(hint) if typing.get_origin(hint) else hint.__name__
 
 
-def _contradictions(config: TrainingStageConfig, where: str) -> list[Problem]:
-    """What TRL would ignore, or raise only after loading the model."""
-    block = config.trainer
-    found: list[tuple[str, str, str]] = []
-    if block.get("save_total_limit") == 1:
-        found.append(
-            (
-                "save_total_limit",
-                "the only complete checkpoint would be deleted before its successor is complete",
-                "use 2 or more",
-            )
-        )
-    if isinstance(config, SftConfig):
-        found += _sft_contradictions(block)
-    if isinstance(config, DpoConfig):
-        if block.get("sync_ref_model") and config.peft is not None:
-            found.append(
-                ("sync_ref_model", "with LoRA the reference is the base model itself", "set `peft: null`")
-            )
-        if block.get("padding_free"):
-            found.append(("padding_free", "TRL ignores it in DPO", "remove it"))
-    problems = [Problem(f"{where}.{name}", message, remedy) for name, message, remedy in found]
-    targets = config.peft.target_modules if config.peft else []
-    if not isinstance(config, RewardConfig) and "lm_head" in targets:
-        path = where.removesuffix(".trainer") + ".peft.target_modules"
-        message = "TRL's loss reads lm_head.weight directly, an adapter on it would not be trained"
-        problems.append(Problem(path, message, "remove lm_head"))
-    return problems
-
-
-def _sft_contradictions(block: dict[str, Any]) -> list[tuple[str, str, str]]:
-    found = []
-    if block.get("completion_only_loss"):
-        found.append(
-            (
-                "completion_only_loss",
-                "it has no effect on conversations",
-                "assistant_only_loss (true by default) masks what the assistant did not say",
-            )
-        )
-    if block.get("packing") and block.get("packing_strategy") == "wrapped":
-        found.append(
-            ("packing_strategy", "wrapped lets packed dialogues attend to each other", "use bfd or bfd_split")
-        )
-    if block.get("packing") and "max_length" in block and block["max_length"] is None:
-        found.append(("max_length", "packing fills blocks of max_length tokens", "give a number"))
-    if block.get("padding_free") and not block.get("packing"):
-        found.append(("padding_free", "TRL does not enforce max_length without packing", "set packing: true"))
-    if block.get("truncation_mode") == "keep_end":
-        found.append(
-            ("truncation_mode", "keep_end is deprecated in TRL and cuts the question", "use keep_start")
-        )
-    return found
-
-
 def _constructed(config: TrainingStageConfig, where: str) -> list[Problem]:
     try:
-        build_args(config, Path("unused"))
+        args = build_args(config, Path("unused"))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         return [Problem(where, str(error), "")]
-    return []
+    return off_boundary(args, where) if isinstance(config, OnlineConfig) else []

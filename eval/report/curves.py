@@ -69,6 +69,105 @@ SFT_CURVES = (
     GRADIENT,
     RATE,
 )
+PAIR_CURVES = (
+    PAIR_LOSS,
+    Curve(
+        "Implicit reward accuracy",
+        {"rewards/accuracies": "train", "eval_rewards/accuracies": "held out"},
+        "share of pairs",
+        "How often the policy raises the chosen answer more than the rejected one.",
+    ),
+    Curve(
+        "Implicit reward margin",
+        {"rewards/margins": "train", "eval_rewards/margins": "held out"},
+        "beta times nats",
+        "Difference of the implicit rewards of chosen and rejected.",
+    ),
+    Curve(
+        "Implicit rewards",
+        {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
+        "beta times nats",
+        "Both falling together means the policy is moving away from all the data.",
+        False,
+    ),
+    GRADIENT,
+    RATE,
+)
+LOSS_OF_PAIRS = Curve(
+    "Loss",
+    {"loss": "train", "eval_loss": "held out"},
+    "nats per pair",
+    "Supervised loss on the chosen answer and the preference term together.",
+)
+KTO_CURVES = (
+    Curve(
+        "Loss",
+        {"loss": "train", "eval_loss": "held out"},
+        "loss per answer",
+        "0.5 is where the policy equals the reference.",
+    ),
+    Curve(
+        "Implicit reward margin",
+        {"rewards/margins": "train", "eval_rewards/margins": "held out"},
+        "beta times nats",
+        "Mean implicit reward of the desirable answers less that of the undesirable ones.",
+    ),
+    Curve(
+        "Implicit rewards",
+        {"rewards/chosen": "desirable", "rewards/rejected": "undesirable"},
+        "beta times nats",
+        "Both falling together means the policy is moving away from all the data.",
+        False,
+    ),
+    Curve("KL estimate", {"kl": "kl"}, "nats per answer", "KTO's point of reference, cut off at 0.", False),
+    GRADIENT,
+    RATE,
+)
+GROUP_CURVES = (
+    Curve(
+        "Reward",
+        {"reward": "train", "eval_reward": "held out"},
+        "score per answer",
+        "What is maximised, without the KL term.",
+    ),
+    Curve(
+        "Gold score",
+        {"reward/gold": "train", "eval_reward/gold": "held out"},
+        "score per answer",
+        "Watched, never trained on. Falling while the reward rises is over-optimisation.",
+    ),
+    Curve(
+        "KL to the reference",
+        {"kl": "kl"},
+        "nats per token",
+        "How far the policy has moved.",
+    ),
+    Curve(
+        "Entropy", {"entropy": "entropy"}, "nats per token", "Falling to 0 means one answer for everything."
+    ),
+    Curve(
+        "Answers cut off",
+        {"completions/clipped_ratio": "cut off"},
+        "share of answers",
+        "Answers that reached the length limit without the end-of-turn token.",
+    ),
+    Curve(
+        "Answer length",
+        {"completions/mean_length": "tokens"},
+        "tokens",
+        "Watch for growth that the score pays for.",
+        False,
+    ),
+    Curve(
+        "Groups without a signal",
+        {"frac_reward_zero_std": "equal rewards"},
+        "share of groups",
+        "Prompts whose answers all score the same teach nothing.",
+        False,
+    ),
+    GRADIENT,
+    RATE,
+)
 CURVES: dict[str, tuple[Curve, ...]] = {
     "base": (
         LOSS,
@@ -78,6 +177,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         GRADIENT,
         RATE,
     ),
+    "pretrain": SFT_CURVES,
     "sft": SFT_CURVES,
     "reward": (
         PAIR_LOSS,
@@ -103,30 +203,12 @@ CURVES: dict[str, tuple[Curve, ...]] = {
         GRADIENT,
         RATE,
     ),
-    "dpo": (
-        PAIR_LOSS,
-        Curve(
-            "Implicit reward accuracy",
-            {"rewards/accuracies": "train", "eval_rewards/accuracies": "held out"},
-            "share of pairs",
-            "How often the policy raises the chosen answer more than the rejected one.",
-        ),
-        Curve(
-            "Implicit reward margin",
-            {"rewards/margins": "train", "eval_rewards/margins": "held out"},
-            "beta times nats",
-            "Difference of the implicit rewards of chosen and rejected.",
-        ),
-        Curve(
-            "Implicit rewards",
-            {"rewards/chosen": "chosen", "rewards/rejected": "rejected"},
-            "beta times nats",
-            "Both falling together means the policy is moving away from all the data.",
-            False,
-        ),
-        GRADIENT,
-        RATE,
-    ),
+    "dpo": PAIR_CURVES,
+    "orpo": (LOSS_OF_PAIRS, *PAIR_CURVES[1:]),
+    "cpo": (LOSS_OF_PAIRS, *PAIR_CURVES[1:]),
+    "kto": KTO_CURVES,
+    "grpo": GROUP_CURVES,
+    "rloo": GROUP_CURVES,
     "ppo": (
         Curve(
             "Reward",

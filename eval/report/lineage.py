@@ -11,7 +11,21 @@ from eval.report.load import Pipeline, Stage
 from eval.report.svg import rect, svg, text
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 148, 50, 22, 44, 14
-KIND_COLOURS = {"curate": 0, "base": 3, "sft": 3, "merge": 3, "reward": 4, "dpo": 1, "ppo": 2, "eval": 5}
+KIND_COLOURS = {
+    **{
+        "curate": 0,
+        "base": 3,
+        "pretrain": 3,
+        "sft": 3,
+        "merge": 3,
+        "reward": 4,
+        "ppo": 2,
+        "grpo": 2,
+        "rloo": 2,
+        "eval": 5,
+    },
+    **{"dpo": 1, "kto": 1, "orpo": 1, "cpo": 1},
+}
 """Palette index by stage kind; data grey, language models one hue, serving the default."""
 
 

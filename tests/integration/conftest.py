@@ -15,9 +15,15 @@ import yaml
 from typer.testing import CliRunner, Result
 
 CONFIGS = {
+    "pretrain": "train.config:PretrainConfig",
     "sft": "train.config:SftConfig",
     "reward": "train.config:RewardConfig",
     "dpo": "train.config:DpoConfig",
+    "kto": "train.config:KtoConfig",
+    "orpo": "train.config:OrpoConfig",
+    "cpo": "train.config:CpoConfig",
+    "grpo": "train.online_config:GrpoConfig",
+    "rloo": "train.online_config:RlooConfig",
     "merge": "train.config:MergeConfig",
 }
 TRAINER = {

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+import re
 
 import pytest
 import torch
+from trl import DPOTrainer
 
 from posttrain.errors import UserError
-from tests.integration.conftest import file_names, load_adapter, read_rows
+from tests.integration.conftest import file_names, load_adapter, make_config, read_rows
+from train.trainer_args import check
+from train.trainer_rules import DPO_LOSSES, F_DIVERGENCE_LOSSES
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +98,37 @@ def test_leaves_out_and_counts_pairs_that_do_not_fit(
     data = write_dataset(tmp_path / "data", "preference", rows, rows[:4])
     metrics = run_stage("dpo", tmp_path / "run", model=tiny_model_dir, data=data, trainer={"max_length": 128})
     assert (metrics["pairs"], metrics["pairs_dropped_too_long"]) == (15, 1)
+
+
+MIXES = [
+    {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+    {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    {"loss_type": "sigmoid", "f_divergence_type": "js_divergence"},
+    {"loss_type": "sigmoid", "use_weighting": True},
+    {"loss_type": "sigmoid", "ld_alpha": 0.5},
+]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [{"loss_type": loss} for loss in DPO_LOSSES] + MIXES,
+    ids=lambda block: "+".join(
+        [block["loss_type"]] if isinstance(block["loss_type"], str) else block["loss_type"]
+    ),
+)
+def test_trains_with_every_loss_of_trl(run_stage, tmp_path, tiny_model_dir, preference_data, block):
+    trainer = block | {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-3, "save_steps": 2}
+    if block["loss_type"] == "exo_pair":
+        trainer["label_smoothing"] = 1e-3
+    fields = {"model": tiny_model_dir, "data": preference_data, "trainer": trainer}
+    assert check(make_config("dpo", **fields), "w") == []
+    metrics = run_stage("dpo", tmp_path / "run", **fields)
+    assert metrics["steps"] == 2 and math.isfinite(metrics["eval_loss"])
+    assert len([row for row in read_rows(tmp_path / "run") if "loss" in row]) == 2
+
+
+def test_the_losses_known_here_are_those_of_trl():
+    source = inspect.getsource(DPOTrainer)
+    assert re.findall(r'if loss_type == "(\w+)"', source) == DPO_LOSSES
+    listed = re.search(r"f_divergence_loss_types = \{([^}]*)\}", source).group(1)
+    assert set(re.findall(r"\w+", listed)) == set(F_DIVERGENCE_LOSSES)

@@ -35,6 +35,17 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert read_rows(left) == read_rows(right)
 
 
+def cut_back(whole: Path, cut: Path, stop: int) -> None:
+    """Copy a finished run as it was when it was killed just after the checkpoint of step `stop`."""
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "model")
+    for checkpoint in (cut / "checkpoints").glob("checkpoint-*"):
+        if int(checkpoint.name.split("-")[1]) > stop:
+            (checkpoint / "COMPLETE").unlink()
+    manifest = json.loads((cut / "manifest.json").read_text())
+    (cut / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+
+
 def kill_after_checkpoint(command: list[str], checkpoints: Path, step: int) -> None:
     """Start the command and kill -9 it as soon as a complete checkpoint of at least `step` is there."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
@@ -74,7 +85,7 @@ def test_killed_sft_resumes_to_the_bit(run_stage, tmp_path, tiny_model_dir, conv
     assert not (killed / "checkpoints" / "checkpoint-9999").exists()
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto", "orpo", "cpo"])
 @pytest.mark.parametrize("stop", [4, 12])
 def test_resumes_from_what_a_killed_run_leaves(
     kind, stop, run_stage, tmp_path, tiny_model_dir, conversation_data, preference_data
@@ -92,15 +103,39 @@ def test_resumes_from_what_a_killed_run_leaves(
     fields = {"model": tiny_model_dir, "data": data, "trainer": trainer, "peft": peft}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_stage(kind, whole, **fields)
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "model")
-    for checkpoint in (cut / "checkpoints").glob("checkpoint-*"):
-        if int(checkpoint.name.split("-")[1]) > stop:
-            (checkpoint / "COMPLETE").unlink()
-    manifest = json.loads((cut / "manifest.json").read_text())
-    (cut / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+    cut_back(whole, cut, stop)
     metrics = run_stage(kind, cut, **fields)
     assert metrics["resumed_from_step"] == stop
+    assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("stop", [2, 6, 10])
+def test_group_training_resumes_between_generations(
+    kind, stop, run_stage, tmp_path, tiny_model_dir, tiny_reward_dir, prompt_data
+):
+    """After the first generation, at the end of the first pass over the prompts, and inside the second.
+
+    48 prompts in generations of 16, each serving two optimizer steps: a pass has 6 steps.
+    """
+    trainer = {
+        "max_steps": 12,
+        "logging_steps": 3,
+        "save_steps": 2,
+        "save_total_limit": 9,
+        "num_train_epochs": 9,
+        "per_device_train_batch_size": 32,
+        "num_generations": 2,
+        "num_iterations": 2,
+        "max_completion_length": 4,
+        "beta": 0.05,
+    }
+    fields = {"model": tiny_model_dir, "reward": tiny_reward_dir, "data": prompt_data, "trainer": trainer}
+    fields["max_prompt_tokens"] = 100
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_stage(kind, whole, **fields)
+    cut_back(whole, cut, stop)
+    assert run_stage(kind, cut, **fields)["resumed_from_step"] == stop
     assert_same_run(whole, cut)
 
 
@@ -110,12 +145,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     fields = {"model": tiny_model_dir, "data": conversation_data}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_stage("sft", whole, **fields)
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "model")
-    for checkpoint in (cut / "checkpoints").glob("checkpoint-*"):
-        (checkpoint / "COMPLETE").unlink()
-    manifest = json.loads((cut / "manifest.json").read_text())
-    (cut / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
+    cut_back(whole, cut, 0)
     metrics = run_stage("sft", cut, **fields)
     assert "resumed_from_step" not in metrics
     assert_same_run(whole, cut)

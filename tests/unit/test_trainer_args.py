@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 
 import pytest
+from pydantic import ValidationError
 
-from train.config import DpoConfig, PeftSettings, RewardConfig, SftConfig
-from train.trainer_args import OWNED, arguments_class, build_args, check
+from train.config import (
+    CpoConfig,
+    DpoConfig,
+    KtoConfig,
+    OrpoConfig,
+    PeftSettings,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+)
+from train.online_config import GrpoConfig, OnlineConfig, RlooConfig
+from train.trainer_args import OWNED, OWNED_ONLINE, arguments_class, build_args, check
+from train.trainer_rules import GRPO_VALUES, generation_period
 
-KINDS = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoConfig}
+KINDS = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "reward": RewardConfig,
+    "dpo": DpoConfig,
+    "kto": KtoConfig,
+    "orpo": OrpoConfig,
+    "cpo": CpoConfig,
+    "grpo": GrpoConfig,
+    "rloo": RlooConfig,
+}
+ONLINE = ["grpo", "rloo"]
 
 
 def make(kind, trainer=None, **fields):
+    if issubclass(KINDS[kind], OnlineConfig):
+        fields = {"reward": "r"} | fields
     return KINDS[kind](model="m", data="d", trainer=trainer or {}, **fields)
 
 
@@ -32,7 +59,8 @@ def test_the_defaults_of_trl_pass_its_own_type_hints(kind):
     block = {}
     for field in dataclasses.fields(cls):
         default = field.default if field.default is not dataclasses.MISSING else None
-        if default is not None and field.name not in OWNED and field.init:
+        owned = OWNED | (OWNED_ONLINE if kind in ONLINE else {})
+        if default is not None and field.name not in owned and field.init:
             block[field.name] = default
     block |= {"save_total_limit": 2, "use_cpu": True, "bf16": False}
     problems = [p for p in check(make(kind, block), "w") if "deprecated" not in p.message]
@@ -104,8 +132,26 @@ def test_what_posttrain_sets_itself_is_refused_with_a_remedy(name):
         ("sft", {"padding_free": True}, "max_length"),
         ("sft", {"completion_only_loss": True}, "conversations"),
         ("sft", {"save_total_limit": 1}, "deleted"),
+        ("pretrain", {"assistant_only_loss": True}, "no assistant"),
+        ("pretrain", {"packing": True, "packing_strategy": "wrapped"}, "attend"),
         ("dpo", {"sync_ref_model": True}, "LoRA"),
         ("dpo", {"padding_free": True}, "ignores"),
+        ("dpo", {"loss_type": "sigmod"}, "not a valid value"),
+        ("dpo", {"loss_type": ["sigmoid", "exo_pair"]}, "logarithm"),
+        ("dpo", {"loss_type": "robust", "label_smoothing": 0.5}, "divides"),
+        ("dpo", {"loss_type": "aot", "use_weighting": True}, "sorts"),
+        ("dpo", {"loss_type": "nca_pair", "f_divergence_type": "forward_kl"}, "nca_pair"),
+        ("kto", {"sync_ref_model": True}, "LoRA"),
+        ("kto", {"train_sampling_strategy": "random"}, "neighbour"),
+        ("kto", {"per_device_train_batch_size": 1}, "another answer"),
+        ("orpo", {"generate_during_eval": True}, "trackers"),
+        ("grpo", {"sync_ref_model": True, "beta": 0.1}, "LoRA"),
+        ("grpo", {"loss_type": "dapoo"}, "not a valid value"),
+        ("grpo", {"scale_rewards": "groups"}, "not a valid value"),
+        ("grpo", {"max_completion_length": None}, "limit"),
+        ("grpo", {"num_iterations": 3}, "not a multiple of 3"),
+        ("rloo", {"steps_per_generation": 8, "save_steps": 50}, "not a multiple of 8"),
+        ("rloo", {"save_steps": 0.1}, "not a multiple of 1"),
     ],
 )
 def test_contradictions_that_trl_ignores_or_finds_late(kind, block, word):
@@ -115,6 +161,8 @@ def test_contradictions_that_trl_ignores_or_finds_late(kind, block, word):
 @pytest.mark.parametrize(
     ("kind", "block"),
     [
+        ("grpo", {"num_generations": 3}),
+        ("rloo", {"generation_batch_size": 12}),
         ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}),
         ("sft", {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "steps"}),
         ("sft", {"optim_args": "a=1", "warmup_steps": -1}),
@@ -144,3 +192,68 @@ def test_build_args_puts_the_block_between_defaults_and_what_is_owned(tmp_path):
     assert args.activation_checkpointing and not args.bf16 and args.report_to == []
     assert not args.logging_nan_inf_filter and args.disable_tqdm
     assert not build_args(make("sft"), tmp_path).activation_checkpointing
+
+
+@pytest.mark.parametrize("kind", ONLINE)
+@pytest.mark.parametrize("name", sorted(OWNED_ONLINE))
+def test_what_group_training_sets_itself_is_refused_too(kind, name):
+    problem = only(check(make(kind, {name: "x"}), "w"))
+    assert problem.where == f"w.trainer.{name}" and problem.remedy == OWNED_ONLINE[name]
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "rloo"])
+def test_trained_biases_would_move_the_reference(kind):
+    problem = only(check(make(kind, peft=PeftSettings(bias="all")), "w"))
+    assert problem.where == "w.peft.bias" and "reference" in problem.message
+    assert check(make("sft", peft=PeftSettings(bias="all")), "w") == []
+
+
+@pytest.mark.parametrize("kind", ["kto", "orpo", "cpo", "grpo", "rloo"])
+def test_dropout_of_an_adapter_is_not_dropped_in_silence(kind):
+    settings = PeftSettings(lora_dropout=0.1)
+    assert only(check(make(kind, peft=settings), "w")).where == "w.peft.lora_dropout"
+    assert check(make(kind, {"disable_dropout": False}, peft=settings), "w") == []
+
+
+@pytest.mark.parametrize(
+    ("block", "period"),
+    [
+        ({}, 1),
+        ({"num_iterations": 2}, 2),
+        ({"steps_per_generation": 4}, 4),
+        ({"gradient_accumulation_steps": 4}, 1),
+        ({"gradient_accumulation_steps": 4, "num_iterations": 2}, 2),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 6}, 3),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, 1),
+    ],
+)
+def test_optimizer_steps_that_a_generation_serves(block, period, tmp_path):
+    assert generation_period(build_args(make("grpo", block), tmp_path)) == period
+
+
+def test_the_values_of_grpo_known_here_are_those_of_trl():
+    from trl import GRPOTrainer
+
+    source = inspect.getsource(GRPOTrainer)
+    named = re.findall(
+        r"self\.(loss_type|importance_sampling_level|scale_rewards) (==|in|!=) ([^:\n]+)", source
+    )
+    found = {name: set() for name in GRPO_VALUES}
+    for name, _, values in named:
+        found[name] |= set(re.findall(r"\"(\w+)\"", values))
+    assert {name: set(values) for name, values in GRPO_VALUES.items()} == found
+
+
+def test_a_reward_function_that_is_not_there_is_a_problem():
+    config = make("grpo", reward=None, rewards={"functions": [{"function": "data_prep.answers:gsm9k"}]})
+    problem = only(check(config, "w"))
+    assert problem.where == "w.rewards.functions.0.function" and "gsm8k_reward" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [({"reward": None}, "nothing is rewarded"), ({"rewards": {"normalise": "scale"}}, "checkpoints")],
+)
+def test_group_training_refuses_what_it_cannot_do(fields, word):
+    with pytest.raises(ValidationError, match=word):
+        make("rloo", **fields)

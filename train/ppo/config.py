@@ -305,12 +305,7 @@ class PpoStageConfig(StageConfig):
 
     @model_validator(mode="after")
     def _something_is_rewarded(self) -> Self:
-        rewards = self.rewards
-        others = [item.weight for item in rewards.functions]
-        repetition = rewards.repetition_penalty
-        if repetition is not None:
-            others.append(repetition.weight)
-        if self.reward is None and not rewards.ensemble and not rewards.length_penalty and not any(others):
+        if self.reward is None and not self.rewards.score_without_model:
             raise ValueError(
                 "nothing is rewarded: give `reward`, a reward model, or a function under rewards.functions "
                 "with a weight other than 0"

@@ -1,4 +1,4 @@
-"""Configuration of the rewards of the `ppo` stage (torch-free): the `rewards:` block.
+"""Configuration of the rewards of the ppo, grpo and rloo stages (torch-free): the `rewards:` block.
 
 Beside the reward model that the stage names in `reward`, a response may be scored by Python functions,
 by further reward models, and by its form. What has a weight of 0 is logged and not trained on, which is
@@ -112,6 +112,13 @@ class RewardsConfig(StrictModel):
         description="Of each reward model's scores, by the moments of all its scores so far in the run: "
         "`scale` divides by their standard deviation, `standardise` subtracts their mean first.",
     )
+
+    @property
+    def score_without_model(self) -> bool:
+        """Whether something is trained on even without the stage's `reward`."""
+        weights = [item.weight for item in self.functions]
+        weights += [] if self.repetition_penalty is None else [self.repetition_penalty.weight]
+        return bool(self.ensemble or self.length_penalty or any(weights))
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,14 +26,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from data_prep.dataset import read_split
 from posttrain.errors import PosttrainError, UserError
 from posttrain.hashing import adapter_base
 from posttrain.models import is_adapter, load_tokenizer
 from posttrain.stage import StageContext
-from train.merge import set_special_tokens
 from train.peft_setup import check_adapter, quiet_libraries
 from train.ppo.advantages import summed_by
 from train.ppo.config import PpoStageConfig
@@ -47,8 +44,8 @@ from train.ppo.networks import POLICY_ADAPTER, Networks
 from train.ppo.reward_config import RewardsConfig
 from train.ppo.reward_mix import Rewards, build_rewards
 from train.ppo.reward_sources import NetworkReward, RewardSource, load_reward_models
-from train.ppo.rollout import encode_prompts
 from train.ppo.trainer import PpoTrainer
+from train.prompts import Prompts, check_positions, end_with, read_prompts
 
 
 def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
@@ -60,7 +57,7 @@ def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
     accelerator = build_accelerator(config.bf16)
     with context.phase("load"):
         tokenizer = load_tokenizer(context.path("model"))
-        prompts = read_prompts(config, context, tokenizer, "train")
+        prompts = read_prompts(context, tokenizer, "train", config.max_prompt_tokens, "ppo")
         networks = build_networks(config, context, accelerator, prompts, tokenizer)
         generation_config = end_with(networks.policy_trunk.plain, tokenizer)
         engine = build_engine(
@@ -84,7 +81,8 @@ def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
         )
         held_out = None
         if config.held_out is not None:
-            unseen = read_prompts(config, context, tokenizer, "eval", config.held_out.num_prompts)
+            limit = config.held_out.num_prompts
+            unseen = read_prompts(context, tokenizer, "eval", config.max_prompt_tokens, "ppo", limit)
             # Not normalised: evaluations are compared with each other, and running moments move.
             plain = config.rewards.model_copy(update={"normalise": "none"})
             held_out = HeldOutEvaluation(trainer, scorers(plain, unseen.rows), unseen.ids)
@@ -110,36 +108,6 @@ def run(config: PpoStageConfig, context: StageContext) -> dict[str, Any]:
         },
         "kept_update": loop.best.step if config.keep == "best" and loop.best.score is not None else None,
     }
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts that fit: their token ids, their rows in the data set, and how many did not."""
-
-    ids: list[list[int]]
-    rows: Dataset
-    dropped: int
-
-
-def read_prompts(
-    config: PpoStageConfig,
-    context: StageContext,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Literal["train", "eval"],
-    limit: int | None = None,
-) -> Prompts:
-    """The prompts of one split, at most `limit`, without those over max_prompt_tokens."""
-    rows = read_split(context.path("data"), split, "prompt")
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    ids, kept = encode_prompts(rows["prompt"], tokenizer, config.max_prompt_tokens)
-    dropped = len(rows) - len(kept)
-    if dropped:
-        context.console.print(
-            f"ppo: dropped {dropped} of {len(rows)} {split} prompts, longer than "
-            f"max_prompt_tokens={config.max_prompt_tokens}"
-        )
-    return Prompts(ids, rows.select(kept), dropped)
 
 
 def build_networks(
@@ -233,31 +201,8 @@ def build_accelerator(bf16: bool) -> Accelerator:
 
 def require_positions(name: str, model: PreTrainedConfig, config: PpoStageConfig) -> None:
     """Raise UserError when prompt and response do not fit the context of a model of this configuration."""
-    longest, limit = (
-        config.max_prompt_tokens + config.max_new_tokens,
-        model.get_text_config().max_position_embeddings,
-    )
-    if longest > limit:
-        raise UserError(
-            f"max_prompt_tokens {config.max_prompt_tokens} + max_new_tokens {config.max_new_tokens} = "
-            f"{longest} tokens, but the model in `{name}` reads at most {limit}: lower one of the two"
-        )
-
-
-def end_with(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The model's generation settings, ending with the tokenizer's end token, in a form that can be saved.
-
-    Some published models name a temperature without saying that they sample, which transformers reads but
-    refuses to write; better found out before training than after it.
-    """
-    set_special_tokens(model, tokenizer)
-    generation_config = model.generation_config
-    try:
-        generation_config.validate(strict=True)
-    except ValueError:
-        generation_config.do_sample = True
-        generation_config.validate(strict=True)
-    return generation_config
+    lengths = {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens}
+    check_positions(name, model, lengths)
 
 
 def save_policy(

@@ -1,4 +1,4 @@
-"""The preflight of sft, reward, dpo and ppo: data, models, settings and machine, before a weight is loaded.
+"""The preflight of the training stages: data, models, settings and machine, before a weight is loaded.
 
 docs/preflight.md lists the checks with their thresholds and remedies; each file here is one concern.
 """
@@ -9,16 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.preflight import Findings
-from train.config import DpoConfig, RewardConfig, SftConfig
+from train.config import SftConfig
+from train.online_config import OnlineConfig
 from train.peft_setup import quiet_libraries
 from train.ppo.config import PpoStageConfig
 from train.preflight.dialogues import check_sft
-from train.preflight.pairs import check_pairs
-from train.preflight.ppo import check_ppo
+from train.preflight.pairs import PairsConfig, check_pairs
+from train.preflight.ppo import check_online, check_ppo
 
 
 def check(
-    config: SftConfig | RewardConfig | DpoConfig | PpoStageConfig, paths: Mapping[str, Path], run_dir: Path
+    config: SftConfig | PairsConfig | OnlineConfig | PpoStageConfig,
+    paths: Mapping[str, Path],
+    run_dir: Path,
 ) -> Findings:
     """Everything that speaks against starting this stage, as far as its inputs are in `paths`."""
     quiet_libraries()
@@ -26,4 +29,6 @@ def check(
         return check_sft(config, paths, run_dir)
     if isinstance(config, PpoStageConfig):
         return check_ppo(config, paths, run_dir)
+    if isinstance(config, OnlineConfig):
+        return check_online(config, paths, run_dir)
     return check_pairs(config, paths, run_dir)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.preflight import Findings
-from train.config import DpoConfig, RewardConfig
+from train.config import CpoConfig, DpoConfig, KtoConfig, OrpoConfig, RewardConfig
 from train.encode import Fault, identical_sides, open_ended, render_whole
 from train.preflight.models import check_length, read_config
 from train.preflight.rows import MAX_LOST, Sample, all_alike, judge, read_samples
@@ -38,10 +38,11 @@ PROMPTS = 1_000
 """Prompts rendered alone: how they differ from what precedes an answer follows from the template."""
 
 Pair = tuple[list[int], list[int]]
+PairsConfig = RewardConfig | DpoConfig | KtoConfig | OrpoConfig | CpoConfig
 
 
-def check_pairs(config: RewardConfig | DpoConfig, paths: Mapping[str, Path], run_dir: Path) -> Findings:
-    """Everything about a reward or dpo stage."""
+def check_pairs(config: PairsConfig, paths: Mapping[str, Path], run_dir: Path) -> Findings:
+    """Everything about a stage that is trained on preference pairs."""
     findings = Findings()
     samples = read_samples(paths["data"], "preference", config.seed, findings) if "data" in paths else []
     for sample in samples:
@@ -147,7 +148,7 @@ def check_rendered(
 
 
 def _check_prompts(
-    config: RewardConfig | DpoConfig,
+    config: PairsConfig,
     sample: Sample,
     pairs: Sequence[Pair],
     prompts: Sequence[list[int]],
@@ -168,7 +169,11 @@ def _check_prompts(
     )
     fault = Fault(off, len(prompts), "pairs", what, remedy)
     judge(
-        findings, "model", sample.where, fault, MAX_PROMPT_MISMATCH if isinstance(config, DpoConfig) else 1.0
+        findings,
+        "model",
+        sample.where,
+        fault,
+        1.0 if isinstance(config, RewardConfig) else MAX_PROMPT_MISMATCH,
     )
 
 
@@ -213,8 +218,8 @@ def _check_calibration(
 
 
 def _example(
-    config: RewardConfig | DpoConfig, tokenizer: PreTrainedTokenizerBase, chosen: list[int], prompt: list[int]
+    config: PairsConfig, tokenizer: PreTrainedTokenizerBase, chosen: list[int], prompt: list[int]
 ) -> list[tuple[str, bool]]:
-    """The chosen side: of dpo its answer carries loss, of a reward model the last token is scored."""
-    start = len(prompt) if isinstance(config, DpoConfig) else len(chosen) - 1
+    """The chosen side: of a policy its answer carries loss, of a reward model the last token is scored."""
+    start = len(chosen) - 1 if isinstance(config, RewardConfig) else len(prompt)
     return pieces(tokenizer, chosen, [index >= start for index in range(len(chosen))])

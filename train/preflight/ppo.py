@@ -1,4 +1,4 @@
-"""PPO: models that fit each other and the layout, and prompts that fit the models."""
+"""PPO, GRPO and RLOO: models that fit each other and the layout, and prompts that fit the models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import TaskType
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from data_prep.dataset import SPLITS, Split
 from posttrain.errors import DataError, UserError
@@ -14,17 +14,20 @@ from posttrain.models import check_score_head, load_chat_tokenizer
 from posttrain.preflight import Findings
 from posttrain.rundir import read_manifest
 from train.encode import Fault
+from train.online_config import OnlineConfig
 from train.ppo.config import PpoStageConfig
 from train.ppo.layouts import choose_layout, reads_policy_tokens
 from train.ppo.reward_sources import render_answer
 from train.ppo.rollout import encode_prompts
-from train.ppo.stage import require_positions
 from train.preflight.disk import check_disk
 from train.preflight.lora import check_lora
 from train.preflight.machine import check_precision, check_processes, this_device
 from train.preflight.models import Size, measure, read_config, skeleton
 from train.preflight.rows import Sample, all_alike, judge, read_samples
 from train.preflight.tokens import check_vocabulary, doubled_bos, pieces, read_tokenizer, rendering
+from train.preflight.trained import check_trained
+from train.prompts import check_positions
+from train.trainer_args import build_args
 
 MAX_PROMPTS_DROPPED = 0.5
 """Largest share of prompts over max_prompt_tokens; dropping more than that is refused, fewer a warning."""
@@ -35,7 +38,8 @@ def check_ppo(config: PpoStageConfig, paths: Mapping[str, Path], run_dir: Path) 
     findings = Findings()
     device = this_device()
     findings.add(check_precision(config, device))
-    samples = _read_prompts(config, paths["data"], findings) if "data" in paths else []
+    held_out = config.held_out is not None
+    samples = _read_prompts(config, paths["data"], held_out, findings) if "data" in paths else []
     findings.add(check_processes(config, device, None))
     for field in reward_fields(config):
         if field in paths:
@@ -43,26 +47,53 @@ def check_ppo(config: PpoStageConfig, paths: Mapping[str, Path], run_dir: Path) 
     if "model" not in paths:
         return findings
     _check_policy(config, paths, run_dir, findings)
-    tokenizer = read_tokenizer(paths["model"], "model", findings)
-    model = read_config(paths["model"], "model", Findings())
-    if tokenizer is None or model is None:
-        return findings
-    check_vocabulary(tokenizer, model, "model", findings)
-    for sample in samples:
-        with rendering(tokenizer, sample.where, "data", findings):
-            _check_prompts(config, tokenizer, sample, findings)
+    _check_tokens(config, paths["model"], samples, findings)
     return findings
 
 
-def reward_fields(config: PpoStageConfig) -> list[str]:
+def check_online(config: OnlineConfig, paths: Mapping[str, Path], run_dir: Path) -> Findings:
+    """Everything about a grpo or rloo stage."""
+    findings = Findings()
+    evaluates = config.trainer.get("eval_strategy", "no") != "no"
+    samples = _read_prompts(config, paths["data"], evaluates, findings) if "data" in paths else []
+    for field in reward_fields(config):
+        if field in paths:
+            _check_reward(config, field, paths, samples, findings)
+    check_trained(config, TaskType.CAUSAL_LM, paths, [], run_dir, findings)
+    if "model" not in paths:
+        return findings
+    model = read_config(paths["model"], "model", Findings())
+    if model is not None and not _is_reward_model(config.model, paths["model"], model, findings):
+        _check_length(config, model, findings)
+    _check_tokens(config, paths["model"], samples, findings)
+    return findings
+
+
+def reward_fields(config: PpoStageConfig | OnlineConfig) -> list[str]:
     """The fields that name a reward model."""
     members = config.rewards.ensemble.models if config.rewards.ensemble is not None else []
     fields = [f"rewards.ensemble.models.{index}" for index in range(len(members))]
     return fields if config.reward is None else ["reward", *fields]
 
 
-def _read_prompts(config: PpoStageConfig, path: Path, findings: Findings) -> list[Sample]:
-    splits: tuple[Split, ...] = ("train",) if config.held_out is None else SPLITS
+def _check_tokens(
+    config: PpoStageConfig | OnlineConfig, path: Path, samples: Sequence[Sample], findings: Findings
+) -> None:
+    """The policy's tokenizer, and the prompts in its tokens."""
+    tokenizer = read_tokenizer(path, "model", findings)
+    model = read_config(path, "model", Findings())
+    if tokenizer is None or model is None:
+        return
+    check_vocabulary(tokenizer, model, "model", findings)
+    for sample in samples:
+        with rendering(tokenizer, sample.where, "data", findings):
+            _check_prompts(config, tokenizer, sample, findings)
+
+
+def _read_prompts(
+    config: PpoStageConfig | OnlineConfig, path: Path, evaluates: bool, findings: Findings
+) -> list[Sample]:
+    splits: tuple[Split, ...] = SPLITS if evaluates else ("train",)
     samples = read_samples(path, "prompt", config.seed, findings, splits=splits)
     for sample in samples:
         if sample.split == "train":
@@ -87,17 +118,9 @@ def _check_policy(
     model_config = read_config(path, "model", findings)
     if model_config is None:
         return
-    if any("SequenceClassification" in name for name in model_config.architectures or []) or kind == "reward":
-        findings.fail(
-            "model",
-            f"{config.model} is a reward model, not the SFT model that PPO starts from and measures KL to",
-            "set model to the run of the sft or merge stage, and reward to this one",
-        )
+    if _is_reward_model(config.model, path, model_config, findings):
         return
-    try:
-        require_positions("model", model_config, config)
-    except UserError as error:
-        _fail_with_advice(findings, "max_prompt_tokens", error, ": lower")
+    _check_length(config, model_config, findings)
     layout = _check_layout(config, paths, findings)
     model = skeleton(model_config, TaskType.CAUSAL_LM, "model", findings)
     if model is None or layout is None:
@@ -109,6 +132,34 @@ def _check_policy(
     if size is not None:
         critic = {"shared": size.trained, "full": size.total}[layout] if config.value == "model" else 0
         findings.add(check_disk(config, Size(size.trained + critic, size.total, size.whole), None, run_dir))
+
+
+def _is_reward_model(name: str, path: Path, model: PreTrainedConfig, findings: Findings) -> bool:
+    """Whether the policy is a reward model, with a problem in `findings`."""
+    classifies = any("SequenceClassification" in name for name in model.architectures or [])
+    if classifies or _made_by(path) == "reward":
+        findings.fail(
+            "model",
+            f"{name} is a reward model, not the SFT model that training starts from and measures KL to",
+            "set model to the run of the sft or merge stage, and reward to this one",
+        )
+        return True
+    return False
+
+
+def _lengths(config: PpoStageConfig | OnlineConfig) -> dict[str, int]:
+    """The longest prompt and response in tokens, by field."""
+    if isinstance(config, PpoStageConfig):
+        return {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens}
+    limit: int = build_args(config, Path("unused")).max_completion_length
+    return {"max_prompt_tokens": config.max_prompt_tokens, "trainer.max_completion_length": limit}
+
+
+def _check_length(config: PpoStageConfig | OnlineConfig, model: PreTrainedConfig, findings: Findings) -> None:
+    try:
+        check_positions("model", model, _lengths(config))
+    except UserError as error:
+        _fail_with_advice(findings, "max_prompt_tokens", error, ": lower")
 
 
 def _made_by(path: Path) -> str | None:
@@ -140,7 +191,7 @@ def _check_layout(config: PpoStageConfig, paths: Mapping[str, Path], findings: F
 
 
 def _check_reward(
-    config: PpoStageConfig,
+    config: PpoStageConfig | OnlineConfig,
     field: str,
     paths: Mapping[str, Path],
     samples: Sequence[Sample],
@@ -154,7 +205,7 @@ def _check_reward(
         if model is None or "model" not in paths:
             return
         if reads_policy_tokens(paths["model"], path):
-            require_positions(field, model, config)
+            check_positions(field, model, _lengths(config))
             return
         tokenizer = load_chat_tokenizer(path)
         for sample in samples[:1]:
@@ -180,7 +231,10 @@ def _fail_with_advice(findings: Findings, field: str, error: UserError, advice: 
 
 
 def _check_prompts(
-    config: PpoStageConfig, tokenizer: PreTrainedTokenizerBase, sample: Sample, findings: Findings
+    config: PpoStageConfig | OnlineConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sample,
+    findings: Findings,
 ) -> None:
     """Prompts that are too long, or begin with two BOS tokens."""
     where, limit = "max_prompt_tokens", config.max_prompt_tokens

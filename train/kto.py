@@ -1,0 +1,53 @@
+"""Kahneman-Tversky optimisation (Ethayarajh et al. 2024, 2402.01306): good answers up, bad ones down.
+
+    posttrain run configs/tiny/breadth.yaml --only kto
+
+TRL's KTOTrainer. Each preference pair gives a desirable and an undesirable row (`train.pairs.unpair`, which
+also orders them for the KL term). Departure from TRL's defaults: the reference is decided here, as in
+``train/preference.py``; with LoRA it is the model given, with the adapter switched off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import TaskType
+from trl import KTOTrainer
+
+from posttrain.models import load_tokenizer
+from posttrain.stage import StageContext
+from train.config import KtoConfig
+from train.finish import train_and_save
+from train.pairs import load_pairs, unpair
+from train.peft_setup import length_limit, load_policy, load_reference, lora_config, quiet_libraries
+from train.trainer_args import build_args
+
+
+def run(config: KtoConfig, context: StageContext) -> dict[str, Any]:
+    """Train and write ``model/``: a PEFT directory, or a full model when ``peft`` is null.
+
+    Raises:
+        UserError: data, template or model do not fit; the message says which and how to mend it.
+        PosttrainError: the loss is not finite, or nothing was learned.
+    """
+    quiet_libraries()
+    path = context.path("model")
+    tokenizer = load_tokenizer(path)
+    model = load_policy(path, config)
+    reference = load_reference(path, config)
+
+    with context.phase("tokenize"):
+        max_length = length_limit(model.config, config.trainer.get("max_length"))
+        train_pairs, counts = load_pairs(context, "train", tokenizer, max_length)
+        eval_pairs, _ = load_pairs(context, "eval", tokenizer, max_length)
+
+    trainer = KTOTrainer(
+        model=model,
+        ref_model=reference,
+        args=build_args(config, context.checkpoints, max_length=max_length),
+        train_dataset=unpair(train_pairs, config.seed),
+        eval_dataset=unpair(eval_pairs, config.seed),
+        processing_class=tokenizer,
+        peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
+    )
+    return counts | train_and_save(trainer, tokenizer, context, "kto")

@@ -1,0 +1,68 @@
+"""Continued pretraining: every token of plain text, to give a model the language of a domain before SFT.
+
+    posttrain pretrain model=my/model data=runs/my-texts --output runs/my-pretrain
+
+TRL's SFTTrainer on rows tokenized here. Each document ends with the end-of-sequence token, and one longer
+than ``trainer.max_length`` is cut into windows of that length, so that no text is lost.
+``trainer.packing: true`` puts several documents into one row without letting them attend to each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from peft import TaskType
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from data_prep.dataset import Split, read_split
+from posttrain.models import load_tokenizer
+from posttrain.stage import StageContext
+from train.config import PretrainConfig
+from train.finish import train_and_save
+from train.peft_setup import length_limit, load_policy, lora_config, quiet_libraries
+from train.trainer_args import build_args
+
+
+def run(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
+    """Train and write ``model/``: a PEFT directory, or a full model when ``peft`` is null.
+
+    Raises:
+        UserError: data, tokenizer or model do not fit; the message says which and how to mend it.
+        PosttrainError: the loss is not finite, or nothing was learned.
+    """
+    quiet_libraries()
+    path = context.path("model")
+    tokenizer = load_tokenizer(path)
+    model = load_policy(path, config)
+
+    with context.phase("tokenize"):
+        max_length = length_limit(model.config, config.trainer.get("max_length"))
+        train_rows, counts = load_windows(context, "train", tokenizer, max_length)
+        eval_rows, _ = load_windows(context, "eval", tokenizer, max_length)
+
+    trainer = SFTTrainer(
+        model=model,
+        args=build_args(config, context.checkpoints, max_length=max_length),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
+        processing_class=tokenizer,
+        peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
+    )
+    return counts | train_and_save(trainer, tokenizer, context, "pretrain")
+
+
+def load_windows(
+    context: StageContext, split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Dataset, dict[str, int]]:
+    """A split as a dataset of ``input_ids`` and ``labels`` of at most `max_length`, and what was counted."""
+    texts = list(read_split(context.path("data"), split, "text")["text"])
+    encoded: Any = tokenizer(texts)["input_ids"]
+    windows = []
+    for ids in encoded:
+        document = [*ids, *([] if ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id])]
+        windows += [document[start : start + max_length] for start in range(0, len(document), max_length)]
+    windows = [window for window in windows if len(window) > 1]  # the loss is on all tokens but the first
+    counts = {"documents": len(texts), "rows": len(windows), "tokens": sum(map(len, windows))}
+    return Dataset.from_dict({"input_ids": windows, "labels": windows}), counts
