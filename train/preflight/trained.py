@@ -11,6 +11,7 @@ from posttrain.errors import UserError
 from posttrain.models import is_adapter
 from posttrain.preflight import Findings
 from train.config import TrainingStageConfig
+from train.online_config import OnlineConfig
 from train.peft_setup import refuse_adapter
 from train.preflight.disk import check_disk
 from train.preflight.lora import check_lora
@@ -35,7 +36,8 @@ def check_trained(
     if "model" not in paths:
         return
     path = paths["model"]
-    if is_adapter(path) and (config.peft is not None or task == TaskType.SEQ_CLS):
+    merges = config.peft is None and task == TaskType.CAUSAL_LM and not isinstance(config, OnlineConfig)
+    if is_adapter(path) and not merges:
         try:
             refuse_adapter(path, config.model)
         except UserError as error:
