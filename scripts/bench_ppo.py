@@ -3,7 +3,7 @@
     python scripts/bench_ppo.py                                  # CPU, all weights trained on both sides
     python scripts/bench_ppo.py --layout shared                  # LoRA: one backbone against the peer's PEFT
     python scripts/bench_ppo.py --quick                          # seconds: does it run
-    python scripts/bench_ppo.py --preset learn --repeats 5       # a small model for 40 updates: do both learn
+    python scripts/bench_ppo.py --preset learn --repeats 5       # a small model for 80 updates: do both learn
     python scripts/bench_ppo.py --sides ours --profile           # our side alone, and its operators
     python scripts/bench_ppo.py --device cuda --preset qwen-0.5b # bf16 on a GPU; also --preset llama-1b
 
@@ -171,18 +171,17 @@ def table(summaries: dict[str, dict[str, float]]) -> str:
 
 
 def rewards(runs: list[dict[str, Any]], sides: Sequence[str]) -> str:
-    """What each side gained, run by run, and whether the difference is more than the runs' own spread."""
-    gains = {}
-    for side in sides:
-        own = [run for run in runs if run["side"] == side]
-        gains[side] = [average(closing(run), "rlhf_reward") - run["updates"][0]["rlhf_reward"] for run in own]
+    """The reward that each side ends with, run by run; and whether they differ by more than chance."""
+    ends = {
+        side: [average(closing(run), "rlhf_reward") for run in runs if run["side"] == side] for side in sides
+    }
     lines = [
-        f"{side}, RLHF reward gained over the first update: mean {mean(values):.3f} of "
+        f"{side}, RLHF reward over the last quarter: mean {mean(values):.3f} of "
         + ", ".join(f"{value:.3f}" for value in values)
-        for side, values in gains.items()
+        for side, values in ends.items()
     ]
-    if len(sides) == 2 and min(map(len, gains.values())) > 1:
-        ours, peer = gains.values()
+    if len(sides) == 2 and min(map(len, ends.values())) > 1:
+        ours, peer = ends.values()
         error = math.sqrt(sum(variance(values) / len(values) for values in (ours, peer)))
         lines.append(f"difference {mean(ours) - mean(peer):+.3f}, standard error {error:.3f}")
     return "\n".join(lines)

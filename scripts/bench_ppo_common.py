@@ -92,7 +92,7 @@ PRESETS = {
     "cpu": Settings(),
     "quick": QUICK,
     # Long enough, and fast enough, to see whether both sides learn equally well: reward, not speed.
-    "learn": replace(QUICK, batch_size=32, peer_rollout_batch_size=32, updates=40, learning_rate=1e-3),
+    "learn": replace(QUICK, batch_size=32, peer_rollout_batch_size=32, updates=80, learning_rate=2e-3),
     # The shapes of Qwen2-0.5B and of a 1 B Llama, weights random, output embeddings not tied to the input's.
     "qwen-0.5b": replace(
         Settings(),
