@@ -46,11 +46,7 @@ class OnlineConfig(TrainingStageConfig):
 
     @model_validator(mode="after")
     def _something_is_rewarded(self) -> Self:
-        if self.reward is None and not self.rewards.score_without_model:
-            raise ValueError(
-                "nothing is rewarded: give `reward`, a reward model, or a function under rewards.functions "
-                "with a weight other than 0"
-            )
+        self.rewards.require_beside(self.reward)
         return self
 
     @model_validator(mode="after")

@@ -113,12 +113,15 @@ class RewardsConfig(StrictModel):
         "`scale` divides by their standard deviation, `standardise` subtracts their mean first.",
     )
 
-    @property
-    def score_without_model(self) -> bool:
-        """Whether something is trained on even without the stage's `reward`."""
+    def require_beside(self, reward: str | None) -> None:
+        """Raise ValueError when there is nothing to train on beside the stage's `reward`, and no `reward`."""
         weights = [item.weight for item in self.functions]
         weights += [] if self.repetition_penalty is None else [self.repetition_penalty.weight]
-        return bool(self.ensemble or self.length_penalty or any(weights))
+        if reward is None and not (self.ensemble or self.length_penalty or any(weights)):
+            raise ValueError(
+                "nothing is rewarded: give `reward`, a reward model, or a function under rewards.functions "
+                "with a weight other than 0"
+            )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
