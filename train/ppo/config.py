@@ -249,6 +249,11 @@ class PpoStageConfig(StageConfig):
         """Rollouts in the run (the last one is full too, so total_episodes is rounded up)."""
         return -(-self.total_episodes // self.batch_size)
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The longest prompt and response in tokens, by field."""
+        return {"max_prompt_tokens": self.max_prompt_tokens, "max_new_tokens": self.max_new_tokens}
+
     def check_processes(self, count: int) -> None:
         """Raise UserError unless a rollout can be divided among so many processes."""
         share = count * self.num_mini_batches

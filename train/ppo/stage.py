@@ -201,8 +201,7 @@ def build_accelerator(bf16: bool) -> Accelerator:
 
 def require_positions(name: str, model: PreTrainedConfig, config: PpoStageConfig) -> None:
     """Raise UserError when prompt and response do not fit the context of a model of this configuration."""
-    lengths = {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens}
-    check_positions(name, model, lengths)
+    check_positions(name, model, config.lengths)
 
 
 def save_policy(

@@ -20,14 +20,13 @@ from train.encode import (
     never_ending,
     unsupervised,
 )
-from train.preflight.models import check_length, read_config
+from train.preflight.models import check_length
 from train.preflight.rows import MAX_LOST, Sample, all_alike, judge, read_samples
 from train.preflight.tokens import (
     check_added_bos,
-    check_vocabulary,
     doubled_bos,
     pieces,
-    read_tokenizer,
+    read_model,
     rendering,
 )
 from train.preflight.trained import check_trained
@@ -43,11 +42,10 @@ def check_sft(config: SftConfig, paths: Mapping[str, Path], run_dir: Path) -> Fi
     check_trained(config, TaskType.CAUSAL_LM, paths, samples, run_dir, findings)
     if "model" not in paths:
         return findings
-    model = read_config(paths["model"], "model", Findings())
-    tokenizer = read_tokenizer(paths["model"], "model", findings)
-    if tokenizer is None or model is None:
+    read = read_model(paths["model"], findings)
+    if read is None:
         return findings
-    check_vocabulary(tokenizer, model, "model", findings)
+    model, tokenizer = read
     max_length = check_length(model, config.trainer.get("max_length"), findings)
     for sample in samples:
         with rendering(tokenizer, sample.where, "data", findings):

@@ -14,14 +14,13 @@ from posttrain.errors import UserError
 from posttrain.preflight import Findings
 from train.config import CpoConfig, DpoConfig, KtoConfig, OrpoConfig, RewardConfig
 from train.encode import Fault, identical_sides, open_ended, render_whole
-from train.preflight.models import check_length, read_config
+from train.preflight.models import check_length
 from train.preflight.rows import MAX_LOST, Sample, all_alike, judge, read_samples
 from train.preflight.tokens import (
     check_added_bos,
-    check_vocabulary,
     doubled_bos,
     pieces,
-    read_tokenizer,
+    read_model,
     rendering,
 )
 from train.preflight.trained import check_trained
@@ -53,11 +52,10 @@ def check_pairs(config: PairsConfig, paths: Mapping[str, Path], run_dir: Path) -
         _check_folds(config, samples, findings)
     if "model" not in paths:
         return findings
-    model = read_config(paths["model"], "model", Findings())
-    tokenizer = read_tokenizer(paths["model"], "model", findings)
-    if tokenizer is None or model is None:
+    read = read_model(paths["model"], findings)
+    if read is None:
         return findings
-    check_vocabulary(tokenizer, model, "model", findings)
+    model, tokenizer = read
     max_length = check_length(model, config.trainer.get("max_length"), findings)
     for sample in samples:
         with rendering(tokenizer, sample.where, "data", findings):

@@ -24,7 +24,7 @@ from train.preflight.lora import check_lora
 from train.preflight.machine import check_precision, check_processes, this_device
 from train.preflight.models import Size, measure, read_config, skeleton
 from train.preflight.rows import Sample, all_alike, judge, read_samples
-from train.preflight.tokens import check_vocabulary, doubled_bos, pieces, read_tokenizer, rendering
+from train.preflight.tokens import doubled_bos, pieces, read_model, rendering
 from train.preflight.trained import check_trained
 from train.prompts import check_positions
 from train.trainer_args import build_args
@@ -80,11 +80,10 @@ def _check_tokens(
     config: PpoStageConfig | OnlineConfig, path: Path, samples: Sequence[Sample], findings: Findings
 ) -> None:
     """The policy's tokenizer, and the prompts in its tokens."""
-    tokenizer = read_tokenizer(path, "model", findings)
-    model = read_config(path, "model", Findings())
-    if tokenizer is None or model is None:
+    read = read_model(path, findings)
+    if read is None:
         return
-    check_vocabulary(tokenizer, model, "model", findings)
+    _, tokenizer = read
     for sample in samples:
         with rendering(tokenizer, sample.where, "data", findings):
             _check_prompts(config, tokenizer, sample, findings)
@@ -150,7 +149,7 @@ def _is_reward_model(name: str, path: Path, model: PreTrainedConfig, findings: F
 def _lengths(config: PpoStageConfig | OnlineConfig) -> dict[str, int]:
     """The longest prompt and response in tokens, by field."""
     if isinstance(config, PpoStageConfig):
-        return {"max_prompt_tokens": config.max_prompt_tokens, "max_new_tokens": config.max_new_tokens}
+        return config.lengths
     limit: int = build_args(config, Path("unused")).max_completion_length
     return {"max_prompt_tokens": config.max_prompt_tokens, "trainer.max_completion_length": limit}
 

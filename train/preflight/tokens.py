@@ -16,6 +16,7 @@ from posttrain.models import load_chat_tokenizer, load_tokenizer
 from posttrain.preflight import Findings
 from posttrain.preflight_report import Piece
 from train.encode import Fault
+from train.preflight.models import read_config
 
 
 def read_tokenizer(path: Path, field: str, findings: Findings) -> PreTrainedTokenizerBase | None:
@@ -29,6 +30,19 @@ def read_tokenizer(path: Path, field: str, findings: Findings) -> PreTrainedToke
     except UserError:
         return None
     return None if tokenizer.eos_token_id is None else tokenizer
+
+
+def read_model(path: Path, findings: Findings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase] | None:
+    """Configuration and tokenizer of the model to train, with what is wrong with the tokenizer in `findings`;
+    None if one of them is unusable. A configuration that cannot be read is reported by `check_trained`, or by
+    the check of PPO's policy.
+    """
+    config = read_config(path, "model", Findings())
+    tokenizer = read_tokenizer(path, "model", findings)
+    if tokenizer is None or config is None:
+        return None
+    check_vocabulary(tokenizer, config, "model", findings)
+    return config, tokenizer
 
 
 def check_vocabulary(
