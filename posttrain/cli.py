@@ -259,7 +259,7 @@ for _spec in STAGES.values():
 @app.command(
     epilog="Example: posttrain check configs/tiny/pipeline.yaml\n\n"
     "Example: posttrain check my-sft.yaml trainer.max_length=512 --json\n\n"
-    "Example: posttrain check configs/ppo/gpu-shared-lora.yaml vars.model=Qwen/Qwen3-4B --offline\n\n"
+    "Example: posttrain check configs/qwen3-4b/pipeline.yaml --offline\n\n"
     "Exit code 0: nothing speaks against running it, though there may be warnings; 2: something does. "
     "docs/preflight.md has every check with its threshold and remedy."
 )

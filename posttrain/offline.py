@@ -2,8 +2,8 @@
 
 Nothing is fetched. A model that is not here is known by its outline, its architecture without tokenizer and
 weights: a Hub id has the config.json that ships with posttrain (posttrain.known_models), a stage's output
-that of the model it starts from, so that ${stage:dpo} of ${stage:sft} of Qwen/Qwen3-4B is a Qwen3 of that size.
-What only this machine lacks is no problem.
+that of the model it starts from, so that ${stage:dpo} of ${stage:sft} of Qwen/Qwen3-4B is a Qwen3 of that
+size. What only this machine lacks is no problem.
 """
 
 from __future__ import annotations

@@ -56,6 +56,8 @@ def test_data_files_ship(wheel):
     names = set(wheel.namelist())
     for folder, pattern in (
         ("configs", "*.yaml"),
+        ("configs", "*.json"),
+        ("configs", "*.jinja"),
         ("posttrain/architectures", "*"),
         ("eval/templates", "*"),
         ("serving/backends", "*.py"),

@@ -6,6 +6,8 @@ The `outline` hook of the stages that make a model from a model, for `posttrain 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 
 from peft import TaskType
 from transformers import AutoConfig, PreTrainedConfig
@@ -13,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from posttrain.errors import UserError
 from posttrain.offline import Outline
 from posttrain.preflight import Findings
-from train.config import MergeConfig, RewardConfig, TrainingStageConfig
+from train.config import MergeConfig, PeftSettings, RewardConfig, TrainingStageConfig
 from train.online_config import OnlineConfig
 from train.peft_setup import quiet_libraries
 from train.ppo.config import PpoStageConfig
@@ -89,13 +91,10 @@ def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
         check_policy_length(config, model_config, findings)
     else:
         check_length(model_config, config.trainer.get("max_length"), findings)
-    model = skeleton(model_config, task, "model", findings)
-    if model is None:
-        return
-    name = type(model).__name__
-    size = (
-        measure(model, None, task) if config.peft is None else check_lora(config.peft, model, task, findings)
+    name, size, found = _build(
+        outline.config, task, config.peft.model_dump_json() if config.peft is not None else None
     )
+    findings.add(found)
     if size is None:
         return
     critic = _critic(config, size)
@@ -105,6 +104,21 @@ def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
         f"model: {name} of {size.total:,} parameters, {size.trained:,} trained; "
         f"{what} take {gigabytes(room)} of disk"
     )
+
+
+@lru_cache(maxsize=32)
+def _build(config: Path, task: TaskType, peft: str | None) -> tuple[str, Size | None, Findings]:
+    """Class and size of a model under these LoRA settings (JSON), and what is wrong with them; once for all
+    the stages of a pipeline that say the same.
+    """
+    findings = Findings()
+    model = skeleton(AutoConfig.from_pretrained(config), task, "model", findings)
+    if model is None:
+        return "", None, findings
+    name = type(model).__name__
+    if peft is None:
+        return name, measure(model, None, task), findings
+    return name, check_lora(PeftSettings.model_validate_json(peft), model, task, findings), findings
 
 
 def _critic(config: Trained, size: Size) -> int:
