@@ -22,9 +22,7 @@ from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
 
 if TYPE_CHECKING:
-    from posttrain.errors import Problem
     from posttrain.planning import Plan
-    from posttrain.preflight import Review
     from posttrain.stage import StageResult
 
 app = typer.Typer(
@@ -261,6 +259,7 @@ for _spec in STAGES.values():
 @app.command(
     epilog="Example: posttrain check configs/tiny/pipeline.yaml\n\n"
     "Example: posttrain check my-sft.yaml trainer.max_length=512 --json\n\n"
+    "Example: posttrain check configs/qwen3-4b/pipeline.yaml --offline\n\n"
     "Exit code 0: nothing speaks against running it, though there may be warnings; 2: something does. "
     "docs/preflight.md has every check with its threshold and remedy."
 )
@@ -269,6 +268,13 @@ def check(
         Path, typer.Argument(metavar="CONFIG.yaml", help="A pipeline, or one stage with `stage: KIND`.")
     ],
     overrides: Overrides = None,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            help="For another machine: known Hub models are judged by architecture, this machine is not.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find every mistake in a configuration, its data and its models without running anything.
@@ -277,65 +283,15 @@ def check(
     looked at too, without loading weights, and one example is shown with its loss mask.
     """
     with _reporting():
-        from posttrain.errors import ConfigError
+        from posttrain.cli_check import check_file
 
-        reviews: list[Review] = []
-        problems: list[Problem] = []
-        try:
-            reviews = _review(config, overrides or [])
-            problems = [problem for review in reviews for problem in review.findings.problems]
-        except ConfigError as error:
-            if not as_json:
-                raise
-            problems = error.problems
+        found = check_file(config, overrides or [], offline=offline)
         if as_json:
-            _print_json(_review_row(config, reviews, problems))
+            _print_json(found.as_json())
         else:
-            _show_reviews(config, reviews, problems)
-        if problems:
+            found.print()
+        if found.problems:
             raise SystemExit(2)
-
-
-def _review(path: Path, overrides: list[str]) -> list[Review]:
-    from posttrain.pipeline import load_pipeline
-    from posttrain.preflight import review
-    from posttrain.registry import stage_spec
-    from posttrain.stage_file import load_stage_file
-    from posttrain.yaml_source import load_yaml
-
-    data = load_yaml(path, overrides)
-    if "stage" not in data or "stages" in data:
-        return review(load_pipeline(path, overrides).stages.values())
-    return review([load_stage_file(stage_spec(str(data["stage"])).name, path, overrides)])
-
-
-def _review_row(config: Path, reviews: list[Review], problems: list[Problem]) -> dict[str, Any]:
-    return {
-        "config": str(config),
-        "valid": not problems,
-        "problems": [vars(problem) for problem in problems],
-        "warnings": [vars(warning) for review in reviews for warning in review.findings.warnings],
-        "notes": {review.name: review.findings.notes for review in reviews if review.findings.notes},
-        "not_looked_at": {review.name: review.unseen for review in reviews if review.unseen},
-        "examples": {review.name: review.findings.example for review in reviews if review.findings.example},
-    }
-
-
-def _show_reviews(config: Path, reviews: list[Review], problems: list[Problem]) -> None:
-    from rich.console import Console
-
-    from posttrain.errors import PreflightError
-    from posttrain.preflight_report import print_findings
-
-    console = Console(stderr=True)
-    for review in reviews:
-        findings = review.findings
-        print_findings(review.name, findings.warnings, findings.notes, findings.example, console)
-        for name, reason in review.unseen.items():
-            print(f"{review.name}: not looked at yet: {name}: {reason}", file=sys.stderr)
-    if problems:
-        raise PreflightError(problems)
-    print(f"{config}: valid")
 
 
 @app.command(epilog="Example: posttrain show runs/tiny/ppo")

@@ -59,12 +59,14 @@ class DataError(UserError):
 class Problem:
     """One mistake in a configuration.
 
-    where: "file.yaml:12: stages.sft.trainer.learning_rat", or any prefix of that.
+    where: "file.yaml:12: stages.sft.trainer.learning_rat", or any prefix of that. here: this machine lacks
+    something, and the configuration may be right on another.
     """
 
     where: str
     message: str
     remedy: str = ""
+    here: bool = False
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.message}"

@@ -39,18 +39,18 @@ class Findings:
     notes: list[str] = field(default_factory=list)
     example: list[Piece] = field(default_factory=list)
 
-    def fail(self, where: str, message: str, remedy: str) -> None:
-        """Add a problem."""
-        self.problems.append(Problem(where, message, remedy))
+    def fail(self, where: str, message: str, remedy: str, *, here: bool = False) -> None:
+        """Add a problem. here: see `Problem`."""
+        self.problems.append(Problem(where, message, remedy, here))
 
     def warn(self, where: str, message: str, remedy: str) -> None:
         """Add a warning."""
         self.warnings.append(Problem(where, message, remedy))
 
-    def fail_with(self, where: str, error: Exception) -> None:
+    def fail_with(self, where: str, error: Exception, *, here: bool = False) -> None:
         """Add an error's message as a problem; what is indented in it is the remedy."""
         message, _, remedy = str(error).partition("\n")
-        self.fail(where, message, remedy.strip())
+        self.fail(where, message, remedy.strip(), here=here)
 
     def add(self, other: Findings) -> None:
         """Add what another look found; the first example is kept."""
@@ -127,10 +127,11 @@ def review(blocks: Iterable[StageBlock]) -> list[Review]:
     What an earlier stage still has to make (again), what is on the Hub and what does not exist is unseen.
     """
     pending: dict[Path, str] = {}
-    return [_review(block, pending) for block in blocks]
+    return [review_stage(block, pending) for block in blocks]
 
 
-def _review(block: StageBlock, pending: dict[Path, str]) -> Review:
+def review_stage(block: StageBlock, pending: dict[Path, str]) -> Review:
+    """Look at one stage; one that is still to be run is added to `pending`."""
     kind, config, run_dir = block.kind, block.config, block.run_dir
     findings = Findings()
     run = RunDir(run_dir)
@@ -138,12 +139,12 @@ def _review(block: StageBlock, pending: dict[Path, str]) -> Review:
         try:
             look_at_place()
         except UserError as error:
-            findings.fail_with("", error)
+            findings.fail_with("", error, here=True)
     plan, refusal = _plan(block, pending)
     if plan is not None and plan.inputs_hash:
         inputs, unseen = plan.inputs, dict[str, str]()
     else:
-        inputs, unseen = _available(config, pending)
+        inputs, unseen = available(config, pending)
     if refusal is not None and not unseen and not findings.problems:
         findings.fail_with("", refusal)
     if plan is None or plan.action != "skip":
@@ -166,7 +167,7 @@ def _plan(block: StageBlock, pending: dict[Path, str]) -> tuple[Plan | None, Use
         return None, error
 
 
-def _available(
+def available(
     config: StageConfig, pending: Mapping[Path, str]
 ) -> tuple[dict[str, ResolvedInput], dict[str, str]]:
     """The inputs that are there, and for each of the others why it cannot be looked at."""

@@ -3,7 +3,9 @@
 A stage module has `run(config, context) -> dict` (summary metrics, JSON values), and may have
 `check(config, where) -> list[Problem]`, which looks for mistakes that the configuration model cannot see,
 before anything heavy happens. A training stage has `preflight(config, paths, run_dir) -> Findings` too, which
-looks at data and models without loading weights (posttrain.preflight).
+looks at data and models without loading weights (posttrain.preflight). A stage that makes a model from a
+model has `outline(config, outlines) -> Findings`, for models of which only the architecture is known
+(posttrain.offline).
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from posttrain.errors import UserError
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One kind of stage. config, run, check, preflight: "module:attribute". version: raise it when the same
-    configuration would now give another result, so that finished runs are done again."""
+    """One kind of stage. config, run, check, preflight, outline: "module:attribute". version: raise it when
+    the same configuration would now give another result, so that finished runs are done again."""
 
     name: str
     config: str
@@ -28,6 +30,7 @@ class StageSpec:
     version: int
     help: str
     preflight: str | None = None
+    outline: str | None = None
 
 
 def _spec(
@@ -38,10 +41,13 @@ def _spec(
     *,
     check: str | None = None,
     preflight: str | None = None,
+    outline: str | None = None,
     version: int = 1,
 ) -> StageSpec:
-    return StageSpec(name, config, run, check, version, help, preflight)
+    return StageSpec(name, config, run, check, version, help, preflight, outline)
 
+
+_OUTLINE = "train.preflight.outline:check"
 
 STAGES: dict[str, StageSpec] = {
     spec.name: spec
@@ -60,6 +66,7 @@ STAGES: dict[str, StageSpec] = {
             "train.pretrain:run",
             "Continue pretraining on plain text.",
             check="train.trainer_args:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "sft",
@@ -68,6 +75,7 @@ STAGES: dict[str, StageSpec] = {
             "Fine-tune on demonstrations.",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "reward",
@@ -76,6 +84,7 @@ STAGES: dict[str, StageSpec] = {
             "Train a reward model on preference pairs.",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "dpo",
@@ -84,6 +93,7 @@ STAGES: dict[str, StageSpec] = {
             "Optimise directly on preference pairs.",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "kto",
@@ -92,6 +102,7 @@ STAGES: dict[str, StageSpec] = {
             "Optimise on answers labelled good or bad.",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "orpo",
@@ -100,6 +111,7 @@ STAGES: dict[str, StageSpec] = {
             "Optimise on preference pairs without a reference (ORPO).",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "cpo",
@@ -108,6 +120,7 @@ STAGES: dict[str, StageSpec] = {
             "Optimise on preference pairs without a reference (CPO, SimPO).",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "grpo",
@@ -116,6 +129,7 @@ STAGES: dict[str, StageSpec] = {
             "Optimise rewards over groups of answers (GRPO).",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "rloo",
@@ -124,6 +138,7 @@ STAGES: dict[str, StageSpec] = {
             "Optimise rewards over groups of answers (RLOO).",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
         ),
         _spec(
             "ppo",
@@ -132,6 +147,7 @@ STAGES: dict[str, StageSpec] = {
             "Optimise a reward model with PPO.",
             check="train.ppo.config:check",
             preflight="train.preflight:check",
+            outline=_OUTLINE,
             version=3,
         ),
         _spec(
@@ -141,7 +157,13 @@ STAGES: dict[str, StageSpec] = {
             "Measure models side by side.",
             check="eval.config:check",
         ),
-        _spec("merge", "train.config:MergeConfig", "train.merge:run", "Merge an adapter into full weights."),
+        _spec(
+            "merge",
+            "train.config:MergeConfig",
+            "train.merge:run",
+            "Merge an adapter into full weights.",
+            outline=_OUTLINE,
+        ),
         _spec(
             "export",
             "serving.config:ExportConfig",

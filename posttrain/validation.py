@@ -6,6 +6,7 @@ import difflib
 import json
 import typing
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union
 
@@ -48,7 +49,7 @@ def relocate(problems: Iterable[Problem], where: str, document: Document, prefix
     for problem in problems:
         path = problem.where.removeprefix(where).strip(".")
         parts = (*prefix, *path.split(".")) if path else prefix
-        located.append(Problem(document.where(parts), problem.message, problem.remedy))
+        located.append(replace(problem, where=document.where(parts)))
     return located
 
 

@@ -106,5 +106,5 @@ def check_serve(config: ServeConfig, where: str) -> list[Problem]:
         find_environment(config.triton_env)
     except UserError as error:
         message, _, remedy = str(error).partition("\n")
-        return [Problem(f"{where}.triton_env", message, remedy.strip())]
+        return [Problem(f"{where}.triton_env", message, remedy.strip(), here=True)]
     return []

@@ -17,8 +17,9 @@ def launch_problems(where: str) -> list[Problem]:
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdigit() or int(text) < 1:
         message = f"WORLD_SIZE in the environment is {text!r}, not a number of processes"
-        return [Problem(where, message, "unset it, or start with torchrun, which sets it")]
+        return [Problem(where, message, "unset it, or start with torchrun, which sets it", here=True)]
     if int(text) > 1 and "RANK" not in os.environ:
         message = f"WORLD_SIZE is {text}, but RANK is not set: no launcher has started this process"
-        return [Problem(where, message, f"start with torchrun --nproc-per-node {text}, or unset WORLD_SIZE")]
+        remedy = f"start with torchrun --nproc-per-node {text}, or unset WORLD_SIZE"
+        return [Problem(where, message, remedy, here=True)]
     return []

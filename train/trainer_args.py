@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import enum
 import importlib
+import importlib.util
 import types
 import typing
 import warnings
@@ -213,8 +214,27 @@ def _spell(hint: Any) -> str:
 
 
 def _constructed(config: TrainingStageConfig, where: str) -> list[Problem]:
+    """Problems of TRL's dataclass with the whole block, but for the fields that only this machine lacks."""
+    lacking = _lacking_here(config.trainer)
+    block = {name: value for name, value in config.trainer.items() if name not in lacking}
+    problems = [Problem(f"{where}.{name}", *said, here=True) for name, said in lacking.items()]
     try:
-        args = build_args(config, Path("unused"))
+        args = build_args(config.model_copy(update={"trainer": block}), Path("unused"))
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        return [Problem(where, str(error), "")]
-    return off_boundary(args, where) if isinstance(config, OnlineConfig) else []
+        return [*problems, Problem(where, str(error), "")]
+    return problems + (off_boundary(args, where) if isinstance(config, OnlineConfig) else [])
+
+
+def _lacking_here(block: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """The fields that transformers would refuse on this machine whatever they say: message and remedy."""
+    from transformers.utils import is_torch_tf32_available
+
+    lacking = {}
+    if block.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        lacking["deepspeed"] = (
+            "the package deepspeed is not installed here",
+            "pip install 'posttrain[deepspeed]'",
+        )
+    if block.get("tf32") and not is_torch_tf32_available():
+        lacking["tf32"] = ("there is no GPU here that computes in TF32", "remove it: float32 is then exact")
+    return lacking

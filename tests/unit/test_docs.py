@@ -33,7 +33,10 @@ def test_every_test_and_file_that_a_document_names_exists(path: Path) -> None:
 
 def test_every_configuration_that_the_code_names_exists() -> None:
     sources = [
-        file for package in PACKAGES for file in (ROOT / package).rglob("*.*") if file.suffix != ".pyc"
+        file
+        for package in PACKAGES
+        for file in (ROOT / package).rglob("*.*")
+        if file.is_file() and file.suffix != ".pyc"
     ]
     named = {
         (file.relative_to(ROOT).as_posix(), name)

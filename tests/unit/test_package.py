@@ -54,7 +54,14 @@ def test_top_level_names_are_exactly_the_packages(wheel):
 
 def test_data_files_ship(wheel):
     names = set(wheel.namelist())
-    for folder, pattern in (("configs", "*.yaml"), ("eval/templates", "*"), ("serving/backends", "*.py")):
+    for folder, pattern in (
+        ("configs", "*.yaml"),
+        ("configs", "*.json"),
+        ("configs", "*.jinja"),
+        ("posttrain/architectures", "*"),
+        ("eval/templates", "*"),
+        ("serving/backends", "*.py"),
+    ):
         expected = {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob(pattern) if p.is_file()}
         expected = {name for name in expected if "__pycache__" not in name}
         assert expected

@@ -22,22 +22,30 @@ def check_disk(
 ) -> Findings:
     """A problem when checkpoints and model do not fit, the checkpoint that is being written included."""
     findings = Findings()
-    dtype = "float32" if isinstance(config, PpoStageConfig) else config.dtype
-    count = checkpoints(config, rows)
-    one = size.trained * (WEIGHT + ADAM)
-    model = size.total * _BYTES[dtype] if size.whole else size.trained * WEIGHT
-    needed, free = count * one + model, free_bytes(run_dir)
+    (needed, what), free = disk_room(config, size, rows), free_bytes(run_dir)
     if needed > free:
         limit = "" if isinstance(config, PpoStageConfig) else "trainer."
         findings.fail(
             f"{limit}save_total_limit",
-            f"{count} checkpoints of {gigabytes(one)} ({size.trained:,} trained parameters x {WEIGHT + ADAM} "
-            f"bytes) and the model of {gigabytes(model)} need {gigabytes(needed)}, {run_dir} has "
-            f"{gigabytes(free)} free",
+            f"{what} need {gigabytes(needed)}, {run_dir} has {gigabytes(free)} free",
             "lower it, save less often, train with LoRA, or choose another disk: output_dir=/path "
             "(pipeline), --output /path (stage)",
+            here=True,
         )
     return findings
+
+
+def disk_room(config: TrainingStageConfig | PpoStageConfig, size: Size, rows: int | None) -> tuple[int, str]:
+    """Bytes that checkpoints and model take at most, and in words what takes them."""
+    dtype = "float32" if isinstance(config, PpoStageConfig) else config.dtype
+    count = checkpoints(config, rows)
+    one = size.trained * (WEIGHT + ADAM)
+    model = size.total * _BYTES[dtype] if size.whole else size.trained * WEIGHT
+    what = (
+        f"{count} checkpoints of {gigabytes(one)} ({size.trained:,} trained parameters x {WEIGHT + ADAM} "
+        f"bytes) and the model of {gigabytes(model)}"
+    )
+    return count * one + model, what
 
 
 def checkpoints(config: TrainingStageConfig | PpoStageConfig, rows: int | None) -> int:

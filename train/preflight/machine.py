@@ -47,17 +47,19 @@ def check_precision(config: Config, device: Device) -> Findings:
         bf16, fp16 = bool(config.trainer.get("bf16")), bool(config.trainer.get("fp16"))
     lacking = f"{device.name} does not compute in bfloat16"
     if bf16 and not device.bf16:
-        findings.fail(bf16_field, f"true, but {lacking}", _instead(config))
+        findings.fail(bf16_field, f"true, but {lacking}", _instead(config), here=True)
     if dtype == "bfloat16" and not device.bf16:
-        findings.fail("dtype", f"bfloat16, but {lacking}", "use dtype: float32, or a newer GPU")
+        findings.fail("dtype", f"bfloat16, but {lacking}", "use dtype: float32, or a newer GPU", here=True)
     if fp16 and device.kind == "cpu":
         remedy = "use trainer.bf16: true or leave both out; fp16 needs a GPU"
-        findings.fail("trainer.fp16", "true, but there is no GPU here, and fp16 training needs one", remedy)
+        message = "true, but there is no GPU here, and fp16 training needs one"
+        findings.fail("trainer.fp16", message, remedy, here=True)
     if dtype == "float16" and device.kind == "cpu":
         findings.fail(
             "dtype",
             "float16, but there is no GPU here, and training in it on a CPU overflows or is refused by torch",
             "use dtype: float32, or bfloat16",
+            here=True,
         )
     return findings
 
@@ -78,13 +80,13 @@ def check_processes(config: Config, device: Device, rows: int | None) -> Finding
     local = os.environ.get("LOCAL_WORLD_SIZE", "1")
     if device.kind == "cuda" and local.isdigit() and int(local) > device.count:
         message = f"{local} processes on this machine share {device.count} GPU(s)"
-        findings.fail("", message, f"start with torchrun --nproc-per-node {device.count}")
+        findings.fail("", message, f"start with torchrun --nproc-per-node {device.count}", here=True)
     if isinstance(config, PpoStageConfig):
         try:
             config.check_processes(world)
         except UserError as error:
             message, _, remedy = str(error).partition("; ")
-            findings.fail("batch_size", message, remedy)
+            findings.fail("batch_size", message, remedy, here=True)
     elif rows is not None:
         _check_batches(config.trainer, world, rows, findings)
     return findings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from train.preflight.rows import Sample, all_alike, judge, read_samples
 from train.preflight.tokens import doubled_bos, pieces, read_model, rendering
 from train.preflight.trained import check_trained
 from train.prompts import check_positions
-from train.trainer_args import build_args
+from train.trainer_args import arguments_class
 
 MAX_PROMPTS_DROPPED = 0.5
 """Largest share of prompts over max_prompt_tokens; dropping more than that is refused, fewer a warning."""
@@ -64,7 +65,7 @@ def check_online(config: OnlineConfig, paths: Mapping[str, Path], run_dir: Path)
         return findings
     model = read_config(paths["model"], "model", Findings())
     if model is not None and not _is_reward_model(config.model, paths["model"], model, findings):
-        _check_length(config, model, findings)
+        check_policy_length(config, model, findings)
     _check_tokens(config, paths["model"], samples, findings)
     return findings
 
@@ -119,7 +120,7 @@ def _check_policy(
         return
     if _is_reward_model(config.model, path, model_config, findings):
         return
-    _check_length(config, model_config, findings)
+    check_policy_length(config, model_config, findings)
     layout = _check_layout(config, paths, findings)
     model = skeleton(model_config, TaskType.CAUSAL_LM, "model", findings)
     if model is None or layout is None:
@@ -146,17 +147,22 @@ def _is_reward_model(name: str, path: Path, model: PreTrainedConfig, findings: F
     return False
 
 
-def _lengths(config: PpoStageConfig | OnlineConfig) -> dict[str, int]:
+def lengths(config: PpoStageConfig | OnlineConfig) -> dict[str, int]:
     """The longest prompt and response in tokens, by field."""
     if isinstance(config, PpoStageConfig):
         return config.lengths
-    limit: int = build_args(config, Path("unused")).max_completion_length
-    return {"max_prompt_tokens": config.max_prompt_tokens, "trainer.max_completion_length": limit}
+    name = "max_completion_length"
+    default = {field.name: field.default for field in dataclasses.fields(arguments_class(config))}[name]
+    limit = config.trainer.get(name, default)
+    return {"max_prompt_tokens": config.max_prompt_tokens, f"trainer.{name}": limit}
 
 
-def _check_length(config: PpoStageConfig | OnlineConfig, model: PreTrainedConfig, findings: Findings) -> None:
+def check_policy_length(
+    config: PpoStageConfig | OnlineConfig, model: PreTrainedConfig, findings: Findings
+) -> None:
+    """Add a problem where prompt and response together are longer than the policy has positions."""
     try:
-        check_positions("model", model, _lengths(config))
+        check_positions("model", model, lengths(config))
     except UserError as error:
         _fail_with_advice(findings, "max_prompt_tokens", error, ": lower")
 
@@ -204,7 +210,7 @@ def _check_reward(
         if model is None or "model" not in paths:
             return
         if reads_policy_tokens(paths["model"], path):
-            check_positions(field, model, _lengths(config))
+            check_positions(field, model, lengths(config))
             return
         tokenizer = load_chat_tokenizer(path)
         for sample in samples[:1]:

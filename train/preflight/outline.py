@@ -1,0 +1,171 @@
+"""Models that are not here, by their architecture: how stages fit together, LoRA names, lengths, sizes.
+
+The `outline` hook of the stages that make a model from a model, for `posttrain check --offline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from peft import TaskType
+from transformers import AutoConfig, PreTrainedConfig
+
+from posttrain.errors import UserError
+from posttrain.offline import Outline
+from posttrain.preflight import Findings
+from train.config import MergeConfig, PeftSettings, RewardConfig, TrainingStageConfig
+from train.online_config import OnlineConfig
+from train.peft_setup import quiet_libraries
+from train.ppo.config import PpoStageConfig
+from train.preflight.disk import disk_room, gigabytes
+from train.preflight.lora import check_lora
+from train.preflight.models import Size, check_length, measure, skeleton
+from train.preflight.ppo import check_policy_length, lengths, reward_fields
+from train.prompts import check_positions
+
+Trained = TrainingStageConfig | PpoStageConfig
+MERGE_IT = "put a merge stage between them, and start from its model"
+
+
+def check(config: Trained | MergeConfig, outlines: Mapping[str, Outline]) -> Findings:
+    """Everything about the models in `outlines`, by field of the stage."""
+    quiet_libraries()
+    findings = Findings()
+    model = outlines.get("model")
+    if isinstance(config, MergeConfig):
+        if model is not None and not is_adapter(model):
+            findings.fail(
+                "model",
+                f"{model.ref} is a full model, not an adapter: there is nothing to merge",
+                "leave this stage out and name that model where this stage is named",
+            )
+        return findings
+    if model is not None:
+        _check_start(config, model, findings)
+        _check_model(config, model, findings)
+    if isinstance(config, (PpoStageConfig, OnlineConfig)):
+        for field in reward_fields(config):
+            if field in outlines:
+                _check_reward(config, field, outlines[field], findings)
+    if isinstance(config, PpoStageConfig):
+        _check_sharing(config, outlines, findings)
+    return findings
+
+
+def is_adapter(outline: Outline) -> bool:
+    """Whether the model will be a LoRA adapter: a stage with `peft` makes it, and none has merged it."""
+    settings = outline.settings
+    return isinstance(settings, (TrainingStageConfig, PpoStageConfig)) and settings.peft is not None
+
+
+def is_classifier(outline: Outline) -> bool:
+    """Whether the model will be a reward model: a reward stage makes it, or the merge of one."""
+    if outline.kind == "merge" and outline.source is not None:
+        return is_classifier(outline.source)
+    return outline.kind == "reward"
+
+
+def _check_start(config: Trained, model: Outline, findings: Findings) -> None:
+    """The model to start from is a language model, and no adapter where one cannot be built on."""
+    if is_classifier(model):
+        findings.fail(
+            "model",
+            f"{model.ref} is a reward model, which no stage trains on",
+            "set model to the run of the sft or merge stage",
+        )
+    elif is_adapter(model) and not isinstance(config, PpoStageConfig):
+        full = config.peft is None and not isinstance(config, (RewardConfig, OnlineConfig))
+        if not full:
+            findings.fail(
+                "model", f"{model.ref} will be a LoRA adapter, which nothing is trained on", MERGE_IT
+            )
+
+
+def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
+    """Architecture, LoRA names, positions; in words how much is trained and the room that it takes."""
+    task = TaskType.SEQ_CLS if isinstance(config, RewardConfig) else TaskType.CAUSAL_LM
+    model_config: PreTrainedConfig = AutoConfig.from_pretrained(outline.config)
+    if isinstance(config, (PpoStageConfig, OnlineConfig)):
+        check_policy_length(config, model_config, findings)
+    else:
+        check_length(model_config, config.trainer.get("max_length"), findings)
+    name, size, found = _build(
+        outline.config, task, config.peft.model_dump_json() if config.peft is not None else None
+    )
+    findings.add(found)
+    if size is None:
+        return
+    critic = _critic(config, size)
+    size = Size(size.trained + critic, size.total, size.whole)
+    room, what = disk_room(config, size, None)
+    findings.notes.append(
+        f"model: {name} of {size.total:,} parameters, {size.trained:,} trained; "
+        f"{what} take {gigabytes(room)} of disk"
+    )
+
+
+@lru_cache(maxsize=32)
+def _build(config: Path, task: TaskType, peft: str | None) -> tuple[str, Size | None, Findings]:
+    """Class and size of a model under these LoRA settings (JSON), and what is wrong with them; once for all
+    the stages of a pipeline that say the same.
+    """
+    findings = Findings()
+    model = skeleton(AutoConfig.from_pretrained(config), task, "model", findings)
+    if model is None:
+        return "", None, findings
+    name = type(model).__name__
+    if peft is None:
+        return name, measure(model, None, task), findings
+    return name, check_lora(PeftSettings.model_validate_json(peft), model, task, findings), findings
+
+
+def _critic(config: Trained, size: Size) -> int:
+    """Trained parameters of PPO's value network, as far as the layout can be told yet."""
+    if not isinstance(config, PpoStageConfig) or config.value == "head":
+        return 0
+    return size.total if config.peft is None or config.layout == "full" else size.trained
+
+
+def _check_reward(
+    config: PpoStageConfig | OnlineConfig, field: str, outline: Outline, findings: Findings
+) -> None:
+    if not is_classifier(outline):
+        findings.fail(
+            field,
+            f"{outline.ref} is a language model without a score head, not a reward model",
+            "name the run of a reward stage",
+        )
+        return
+    try:
+        check_positions(field, AutoConfig.from_pretrained(outline.config), lengths(config))
+    except UserError as error:
+        message, _, remedy = str(error).partition(": lower")
+        findings.fail(field, message, f"lower{remedy}")
+
+
+def _check_sharing(config: PpoStageConfig, outlines: Mapping[str, Outline], findings: Findings) -> None:
+    """What stands in the way of `layout: shared`, and what `layout: full` does not take."""
+    model, reward = outlines.get("model"), outlines.get("reward")
+    if model is not None and is_adapter(model) and config.peft is not None and config.layout == "full":
+        message = f"{model.ref} will be a LoRA adapter, which `peft` continues in layout: shared only"
+        findings.fail(
+            "model", message, f"{MERGE_IT}, or set peft: null to train all weights of the merged model"
+        )
+    if config.layout != "shared":
+        return
+    obstacle = None
+    if config.peft is None:
+        obstacle = "it needs `peft`, since all weights of the policy are trained"
+    elif reward is not None and not is_adapter(reward):
+        obstacle = f"the reward model ({reward.ref}) is a full model, not a LoRA adapter"
+    elif model is not None and reward is not None and _base(model) != _base(reward):
+        obstacle = f"the reward model's base ({_base(reward)}) is not the policy's ({_base(model)})"
+    if obstacle is not None:
+        findings.fail("layout", f"shared is not possible: {obstacle}", "use layout: full, or mend that")
+
+
+def _base(outline: Outline) -> str:
+    """The full model under an adapter, or the model itself, as the configuration names it."""
+    return outline.source.ref if is_adapter(outline) and outline.source is not None else outline.ref
