@@ -82,7 +82,7 @@ def test_goes_on_to_the_same_end(kind, stop, run_stage, tmp_path, tiny_model_dir
     assert_same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("stop", [5, 6])
+@pytest.mark.parametrize("stop", [6, 8])
 def test_what_an_epoch_ends_with_is_done_once(
     stop, run_stage, tmp_path, tiny_model_dir, conversation_data, sigterm_at
 ):
@@ -93,7 +93,7 @@ def test_what_an_epoch_ends_with_is_done_once(
     sigterm_at(stop)
     with pytest.raises(RequeueError):
         run_stage("sft", stopped, **fields)
-    assert [row["step"] for row in read_rows(stopped)] == [6] * 2 * (stop == 6)
+    assert [row["step"] for row in read_rows(stopped)] == [6, 6]
     assert run_stage("sft", stopped, **fields)["resumed_from_step"] == stop
     assert_same_run(whole, stopped)
 
