@@ -29,9 +29,7 @@ def train_and_save(
     """
     before = snapshot(trainer)
     with context.phase("train"):
-        metrics = fit(
-            trainer, context, description, tokens_in_state=tokens_in_state, stop_period=stop_period
-        )
+        metrics = fit(trainer, context, description, tokens_in_state=tokens_in_state, stop_period=stop_period)
     check_learned(trainer, before)
     with context.phase("save"), context.staging("model") as folder:
         save_model(trainer, tokenizer, folder)

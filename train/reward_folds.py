@@ -16,11 +16,9 @@ from posttrain.rundir import atomic_write_json, atomic_write_text
 from posttrain.stage import StageContext
 from train.reward_scores import Pair, pair_accuracy
 
-TrainFold = Callable[
-    [int, PreemptionFlag, Sequence[Pair], Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]
-]
-"""(number of the fold, SIGTERM, pairs to train on, held-out pairs) -> scores of the chosen and of the rejected
-held-out side."""
+TrainFold = Callable[[int, PreemptionFlag, Sequence[Pair], Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
+"""(number of the fold, SIGTERM, pairs to train on, held-out pairs) -> scores of the chosen and of the
+rejected held-out side."""
 
 
 def cross_validate(

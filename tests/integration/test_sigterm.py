@@ -20,7 +20,7 @@ from train.stopping import MEANS_FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = {"max_steps": 10, "logging_steps": 4, "save_steps": 3, "num_train_epochs": 9}
-"""Six steps make an epoch; step 5 is between two log rows and two checkpoints, 6 ends an epoch, 10 is last."""
+"""Step 5 is between two log rows and two checkpoints, 6 ends an epoch, 10 is the last, within an epoch."""
 PEFT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 GROUPS = {
     "learning_rate": 1e-2,
