@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.preflight import Findings
-from train.config import SftConfig
+from train.config import KtoConfig, SftConfig
 from train.online_config import OnlineConfig
 from train.peft_setup import quiet_libraries
 from train.ppo.config import PpoStageConfig
+from train.preflight.answers import check_kto
 from train.preflight.dialogues import check_sft
 from train.preflight.pairs import PairsConfig, check_pairs
 from train.preflight.ppo import check_online, check_ppo
@@ -31,4 +32,6 @@ def check(
         return check_ppo(config, paths, run_dir)
     if isinstance(config, OnlineConfig):
         return check_online(config, paths, run_dir)
+    if isinstance(config, KtoConfig):
+        return check_kto(config, paths, run_dir)
     return check_pairs(config, paths, run_dir)
