@@ -56,11 +56,9 @@ def test_trl_trains_on_the_answers_as_they_are_labelled(
     assert all(tensor.any() for name, tensor in load_adapter(tmp_path / "run").items() if "lora_B" in name)
 
 
-def test_leaves_out_and_counts_answers_that_do_not_fit(
-    run_stage, tmp_path, tiny_model_dir, dataset, make_rows
-):
+def test_leaves_out_and_counts_what_does_not_fit(run_stage, tmp_path, tiny_model_dir, dataset, make_rows):
     rows = make_rows["unpaired_preference"](40, 0)
-    rows[1]["completion"][0]["content"] += " Thank you." * 60
+    rows[4]["completion"][0]["content"] += " Thank you." * 60
     fields = {"model": tiny_model_dir, "data": dataset("unpaired_preference", rows)}
     metrics = run_stage("kto", tmp_path / "run", trainer={"max_steps": 1, "max_length": 128}, **fields)
     assert (metrics["desirable"], metrics["answers_dropped_too_long"]) == (25, 1)
@@ -98,7 +96,7 @@ def test_weights_outside_the_range_of_the_paper_are_a_warning(warned, tiny_model
     fields = {"model": tiny_model_dir, "data": labelled_data}
     said = warned(
         "kto",
-        "kto.yaml: trainer.desirable_weight: ",
+        ": trainer.desirable_weight: ",
         "32 desirable answers x desirable_weight 1 to 16 undesirable x undesirable_weight 1 is 2:1",
         "set trainer.desirable_weight to between 0.5 and 0.667, or "
         "trainer.undesirable_weight to between 1.5 and 2\n",
@@ -118,7 +116,7 @@ def test_weights_of_pairs_are_looked_at_too(warned, tiny_model_dir, preference_d
 def test_a_last_batch_of_one_answer_is_a_warning(warned, tiny_model_dir, dataset, make_rows):
     data = dataset("unpaired_preference", make_rows["unpaired_preference"](25, 0))
     fields = {"model": tiny_model_dir, "data": data}
-    said = ("kto.yaml: trainer.per_device_train_batch_size: 4 leaves one of", "25 answers alone", "use 5, or")
+    said = (": trainer.per_device_train_batch_size: 4 leaves one of", "25 answers alone", "use 5, or")
     warned("kto", *said, **fields)
     whole = warned("kto", "one example", **fields, trainer={"dataloader_drop_last": True})
     assert "alone in the last batch" not in whole

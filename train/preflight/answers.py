@@ -115,9 +115,9 @@ def check_weights(args: Any, good: int, bad: int, where: str, findings: Findings
     even_good, even_bad = args.undesirable_weight * bad / good, args.desirable_weight * good / bad
     findings.warn(
         "trainer.desirable_weight",
-        f"{where}: {good} desirable answers x desirable_weight {args.desirable_weight:g} to {bad} undesirable "
-        f"x undesirable_weight {args.undesirable_weight:g} is {ratio:.3g}:1; the KTO paper recommends 1:1 to "
-        "4:3",
+        f"{where}: {good} desirable answers x desirable_weight {args.desirable_weight:g} to {bad} "
+        f"undesirable x undesirable_weight {args.undesirable_weight:g} is {ratio:.3g}:1; the KTO paper "
+        "recommends 1:1 to 4:3",
         f"set trainer.desirable_weight to between {even_good:.3g} and {even_good * HIGHEST:.3g}, or "
         f"trainer.undesirable_weight to between {even_bad / HIGHEST:.3g} and {even_bad:.3g}",
     )
@@ -131,8 +131,8 @@ def _check_last_batch(args: Any, sample: Sample, findings: Findings) -> None:
     other = next(number for number in range(size + 1, total + 2) if total % number != 1)
     findings.warn(
         "trainer.per_device_train_batch_size",
-        f"{size} leaves one of {sample.where}'s {total} answers alone in the last batch, and the KL term needs "
-        "another beside it",
+        f"{size} leaves one of {sample.where}'s {total} answers alone in the last batch, and the KL term "
+        "needs another beside it",
         f"use {other}, or set trainer.dataloader_drop_last: true",
     )
 
