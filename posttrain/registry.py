@@ -53,13 +53,20 @@ STAGES: dict[str, StageSpec] = {
             "Turn sources into a data set.",
             check="data_prep.curate:check",
         ),
-        _spec("base", "train.base_config:BaseConfig", "train.base:run", "Pretrain a small base model."),
+        _spec(
+            "base",
+            "train.base_config:BaseConfig",
+            "train.base:run",
+            "Pretrain a small base model.",
+            preflight="train.preflight:check",
+        ),
         _spec(
             "pretrain",
             "train.config:PretrainConfig",
             "train.pretrain:run",
             "Continue pretraining on plain text.",
             check="train.trainer_args:check",
+            preflight="train.preflight:check",
         ),
         _spec(
             "sft",
