@@ -22,6 +22,7 @@ _MEANING = {
     "text": "plain documents",
     "conversation": "demonstrations: dialogues ending with the assistant's answer",
     "preference": "a prompt with a chosen and a rejected answer",
+    "unpaired_preference": "a prompt with one answer, labelled desirable or undesirable",
     "prompt": "prompts waiting for an answer",
 }
 _STYLE = """
@@ -40,13 +41,21 @@ svg rect { fill: var(--bar) } svg text { font-size: 10px; fill: currentColor }
 
 
 def measures(kind: Kind, row: dict[str, Any]) -> dict[str, int]:
-    """Length in characters of the row's parts: text | prompt, answer | prompt, chosen, rejected | prompt."""
+    """Length in characters of the row's parts: text | prompt, answer | prompt, chosen, rejected | prompt |
+    prompt, and desirable or undesirable.
+    """
     if kind == "text":
         return {"text": len(row["text"])}
     if kind == "conversation":
         *before, answer = row["messages"]
         return {"prompt": _chars(before), "answer": _chars([answer])}
+    if kind == "unpaired_preference":
+        return {"prompt": _chars(row["prompt"]), _label(row): _chars(row["completion"])}
     return {name: _chars(row[name]) for name in ("prompt", "chosen", "rejected") if name in row}
+
+
+def _label(row: dict[str, Any]) -> str:
+    return "desirable" if row["label"] else "undesirable"
 
 
 def _chars(turns: Sequence[dict[str, str]]) -> int:
@@ -54,7 +63,9 @@ def _chars(turns: Sequence[dict[str, str]]) -> int:
 
 
 def length_summary(kind: Kind, rows: Rows) -> dict[str, Any]:
-    """Quantiles in characters by part over both sides; for pairs also how often chosen is the longer one."""
+    """Quantiles in characters by part over both sides; for pairs also how often chosen is the longer one, for
+    unpaired preferences the share of desirable answers.
+    """
     parts = _lengths(kind, rows)
     summary: dict[str, Any] = {
         name: {
@@ -68,6 +79,9 @@ def length_summary(kind: Kind, rows: Rows) -> dict[str, Any]:
     if kind == "preference":
         pairs = list(zip(parts["chosen"], parts["rejected"], strict=True))
         summary["chosen_longer"] = round(sum(chosen > rejected for chosen, rejected in pairs) / len(pairs), 4)
+    if kind == "unpaired_preference":
+        good, bad = (len(parts.get(name, ())) for name in ("desirable", "undesirable"))
+        summary["desirable_share"] = round(good / (good + bad), 4)
     return summary
 
 
@@ -133,7 +147,7 @@ def card_markdown(info: dict[str, Any]) -> str:
         "| part | min | median | 95 % | max |",
         "|---|---:|---:|---:|---:|",
         *lengths,
-        *_length_bias(info),
+        *_balance(info),
         "",
         "## What was not done",
         "",
@@ -153,13 +167,13 @@ def card_markdown(info: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _length_bias(info: dict[str, Any]) -> list[str]:
-    if "chosen_longer" not in info["lengths"]:
+def _balance(info: dict[str, Any]) -> list[str]:
+    lengths = info["lengths"]
+    if "desirable_share" in lengths:
+        return ["", f"{lengths['desirable_share']:.1%} of the answers are labelled desirable."]
+    if "chosen_longer" not in lengths:
         return []
-    return [
-        "",
-        f"The chosen answer is the longer one in {info['lengths']['chosen_longer']:.1%} of the pairs.",
-    ]
+    return ["", f"The chosen answer is the longer one in {lengths['chosen_longer']:.1%} of the pairs."]
 
 
 def _details(source: dict[str, Any]) -> str:
@@ -177,7 +191,7 @@ def report_html(info: dict[str, Any], rows: Rows, dropped: Sequence[Reject]) -> 
     kind = info["kind"]
     kept = info["rows_out"]
     figures = "".join(_histogram(name, values) for name, values in _lengths(kind, rows).items())
-    bias = "".join(f"<p>{line}</p>" for line in _length_bias(info) if line)
+    bias = "".join(f"<p>{line}</p>" for line in _balance(info) if line)
     samples = "".join(_sample(kind, row) for row in _spread(rows["train"], SAMPLES))
     sources = _table(
         ("source", "format", "rows read", "sha256", "settings"),
@@ -245,8 +259,9 @@ def _sample(kind: Kind, row: dict[str, Any]) -> str:
     turns: list[tuple[str, str]] = [("text", row["text"])] if kind == "text" else []
     for name in ("messages", "prompt"):
         turns += [(turn["role"], turn["content"]) for turn in row.get(name, ())]
-    for name in ("chosen", "rejected"):
-        turns += [(name, turn["content"]) for turn in row.get(name, ())]
+    for name in ("chosen", "rejected", "completion"):
+        label = _label(row) if name == "completion" and name in row else name
+        turns += [(label, turn["content"]) for turn in row.get(name, ())]
     shown = "".join(
         f'<div class="turn"><b>{html.escape(label)}</b>{html.escape(_shorten(text))}</div>'
         for label, text in turns

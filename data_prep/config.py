@@ -14,7 +14,16 @@ GENERATORS: dict[str, str] = {"support_desk": "data_prep.tiny.world:generate"}
 """Named generators: "module:function", called (kind, rows, seed, **options), yielding records."""
 
 FormatName = Literal[
-    "auto", "messages", "prompt_completion", "sharegpt", "alpaca", "preference", "hh", "text", "prompt"
+    "auto",
+    "messages",
+    "prompt_completion",
+    "sharegpt",
+    "alpaca",
+    "preference",
+    "hh",
+    "unpaired_preference",
+    "text",
+    "prompt",
 ]
 
 
@@ -111,7 +120,8 @@ class CurateConfig(StageConfig):
     """Sources -> typed records -> filters -> exact dedup -> split -> dataset directory."""
 
     kind: Kind = Field(
-        description=f"What the rows are: {', '.join(KINDS)}. Preference files can feed every kind."
+        description=f"What the rows are: {', '.join(KINDS)}. Preference files can feed every kind "
+        "but unpaired_preference, which is single answers, each labelled true (good) or false (bad)."
     )
     sources: list[SourceConfig] = Field(min_length=1, description="Read in this order.")
     filters: FilterConfig = Field(FilterConfig(), description="Length filters.")

@@ -22,6 +22,7 @@ CONTENT_COLUMNS: dict[Kind, tuple[str, ...]] = {
     "text": ("text",),
     "conversation": ("messages",),
     "preference": ("prompt", "chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
     "prompt": ("prompt",),
 }
 DATASET_FILES = ("train.parquet", "eval.parquet", "rejects.jsonl", "card.md", "report.html", "dataset.json")
@@ -37,7 +38,7 @@ def schema(kind: Kind) -> pyarrow.Schema:
     import pyarrow as pa
 
     turns = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    types = {name: pa.string() for name in (*COMMON_COLUMNS, "text")}
+    types = {name: pa.string() for name in (*COMMON_COLUMNS, "text")} | {"label": pa.bool_()}
     return pa.schema([(name, types.get(name, turns)) for name in columns(kind)])
 
 
@@ -80,6 +81,12 @@ def read_info(path: Path) -> dict[str, Any] | None:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not valid JSON ({error})\n    run the curate stage again") from error
+
+
+def read_kind(path: Path) -> str | None:
+    """The kind of rows that dataset.json of a dataset directory names; None where it is not there."""
+    info = read_info(Path(path))
+    return info.get("kind") if info else None
 
 
 def read_split(path: Path, split: Split, kind: Kind | None = None) -> datasets.Dataset:

@@ -18,7 +18,8 @@ from typing import Any
 from data_prep.config import GENERATORS, SourceConfig
 from data_prep.files import BadRow, read_rows, sha256_file
 from data_prep.formats import FORMATS, detect
-from data_prep.records import PROJECTIONS, InvalidRecord, Kind, Record, excerpt, project
+from data_prep.projections import PROJECTIONS, project
+from data_prep.records import InvalidRecord, Kind, Record, excerpt
 from data_prep.split import default_group
 from posttrain.errors import DataError
 
@@ -69,7 +70,7 @@ def _from_file(
             continue
         row = {**row, **{ours: row.get(theirs) for ours, theirs in source.columns.items()}}
         if report.format == "auto":
-            report.format = _detect(path, line, row)
+            report.format = _detect(path, line, row, kind)
         _check_feeds(path, report.format, kind)
         if FORMATS[report.format].native == "preference" and kind in ("conversation", "text"):
             report.details["use"] = source.use
@@ -105,28 +106,27 @@ def _group(row: dict[str, Any], column: str) -> str:
     return str(value)
 
 
-def _detect(path: Path, line: int, row: dict[str, Any]) -> str:
-    found = detect(row)
+def _detect(path: Path, line: int, row: dict[str, Any], kind: Kind) -> str:
+    found = detect(row, kind)
     if found is not None:
         return found
     needs = "\n".join(f"      {name}: {form.needs}" for name, form in FORMATS.items())
     fields = ", ".join(map(str, row)) or "none"
-    if isinstance(row.get("label"), bool):
-        remedy = (
-            "these look like KTO labels, which are not read yet: keep the rows labelled true and set `format`"
-        )
-    else:
-        remedy = f"set `format`, and `columns` to rename fields. What each format needs:\n{needs}"
-    raise DataError(f"{path}:{line}: cannot tell the format from the fields {fields}\n    {remedy}")
+    raise DataError(
+        f"{path}:{line}: cannot tell the format from the fields {fields}\n"
+        f"    set `format`, and `columns` to rename fields. What each format needs:\n{needs}"
+    )
 
 
 def _check_feeds(path: Path, form: str, kind: Kind) -> None:
     native = FORMATS[form].native
-    if kind not in PROJECTIONS[native]:
-        raise DataError(
-            f"{path}: format {form} holds {native} rows, which cannot become kind {kind}\n"
-            f"    set kind to one of {', '.join(PROJECTIONS[native])}, or choose other sources"
-        )
+    if kind in PROJECTIONS[native]:
+        return
+    remedy = f"set kind to one of {', '.join(PROJECTIONS[native])}, or choose other sources"
+    if native == "unpaired_preference" and kind == "conversation":
+        remedy += "; for demonstrations keep only the rows labelled true and set `format`"
+    message = f"{path}: format {form} holds {native} rows, which cannot become kind {kind}"
+    raise DataError(f"{message}\n    {remedy}")
 
 
 def load_generator(name: str) -> Any:

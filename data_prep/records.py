@@ -1,8 +1,9 @@
 """Typed records: what every source is turned into, and what a dataset directory holds.
 
-Four kinds. A conversation ends with an assistant turn, a prompt with a user (or tool) turn, a preference is a
-prompt with two single assistant turns, a text is a plain document. Construction validates, so a record that
-exists is a record that can be trained on; what cannot be is an `InvalidRecord` with a countable reason.
+Five kinds. A conversation ends with an assistant turn, a prompt with a user (or tool) turn, a preference is a
+prompt with two single assistant turns, an unpaired preference (TRL's name) a prompt with one, labelled good
+or bad, a text is a plain document. Construction validates, so a record that exists is a record that can be
+trained on; what cannot be is an `InvalidRecord` with a countable reason.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-Kind = Literal["text", "conversation", "preference", "prompt"]
+Kind = Literal["text", "conversation", "preference", "unpaired_preference", "prompt"]
 Side = Literal["chosen", "rejected"]
-KINDS: tuple[Kind, ...] = ("text", "conversation", "preference", "prompt")
+KINDS: tuple[Kind, ...] = ("text", "conversation", "preference", "unpaired_preference", "prompt")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -124,6 +125,12 @@ def _plain(turns: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
+def _check_answer(name: str, side: Sequence[Message]) -> None:
+    if len(side) != 1 or side[0].role != "assistant":
+        roles = [turn.role for turn in side]
+        raise InvalidRecord("side_not_one_assistant_turn", f"{name} must be one assistant turn, got {roles}")
+
+
 def _first_user(turns: Sequence[Message]) -> str:
     return next(turn.content for turn in turns if turn.role == "user")
 
@@ -191,11 +198,7 @@ class PreferenceRecord(Record):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_prompt(self.prompt)
         for name, side in (("chosen", self.chosen), ("rejected", self.rejected)):
-            if len(side) != 1 or side[0].role != "assistant":
-                roles = [turn.role for turn in side]
-                raise InvalidRecord(
-                    "side_not_one_assistant_turn", f"{name} must be one assistant turn, got {roles}"
-                )
+            _check_answer(name, side)
         if self.chosen[0].content.split() == self.rejected[0].content.split():
             raise InvalidRecord(
                 "identical_sides", f"chosen equals rejected: {excerpt(self.chosen[0].content, 80)!r}"
@@ -217,6 +220,41 @@ class PreferenceRecord(Record):
 
 
 @dataclass(frozen=True)
+class UnpairedPreferenceRecord(Record):
+    """A prompt and one final assistant turn, labelled desirable (true) or undesirable (false), for KTO.
+
+    Raises InvalidRecord: prompt not ending in a user/tool turn, a completion that is not exactly one
+    assistant turn, a label that is not a boolean.
+    """
+
+    kind: ClassVar[Kind] = "unpaired_preference"
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    label: bool
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "completion"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_prompt(self.prompt)
+        _check_answer("completion", self.completion)
+        if not isinstance(self.label, bool):
+            raise InvalidRecord(
+                "label_not_boolean",
+                f"the label must be true or false, got {type(self.label).__name__}: {excerpt(self.label)}",
+            )
+
+    def turns(self) -> list[tuple[str, str]]:
+        prompt = [(turn.role, turn.content) for turn in self.prompt]
+        return [*prompt, ("desirable" if self.label else "undesirable", self.completion[0].content)]
+
+    def anchor(self) -> str:
+        return _first_user(self.prompt)
+
+    def content_columns(self) -> dict[str, Any]:
+        return {"prompt": _plain(self.prompt), "completion": _plain(self.completion), "label": self.label}
+
+
+@dataclass(frozen=True)
 class PromptRecord(Record):
     """A prompt waiting for an assistant turn. Raises InvalidRecord otherwise."""
 
@@ -235,40 +273,3 @@ class PromptRecord(Record):
 
     def content_columns(self) -> dict[str, Any]:
         return {"prompt": _plain(self.prompt)}
-
-
-# Which kinds a record of each native kind can feed.
-PROJECTIONS: dict[Kind, tuple[Kind, ...]] = {
-    "text": ("text",),
-    "prompt": ("prompt", "text"),
-    "conversation": ("conversation", "prompt", "text"),
-    "preference": ("preference", "conversation", "prompt", "text"),
-}
-
-
-def project(record: Record, kind: Kind, use: Side = "chosen") -> Record:
-    """The record as another kind (see PROJECTIONS); id, source, group and meta are kept.
-
-    `use` picks the side of a preference that becomes the assistant turn. Text is the turns' contents
-    separated by blank lines, without role names.
-    """
-    common: dict[str, Any] = {
-        "id": record.id,
-        "source": record.source,
-        "group": record.group,
-        "meta": record.meta,
-    }
-    if record.kind == kind:
-        return record
-    if isinstance(record, PreferenceRecord):
-        if kind == "prompt":
-            return PromptRecord(record.prompt, **common)
-        answered = ConversationRecord(
-            record.prompt + (record.chosen if use == "chosen" else record.rejected), **common
-        )
-        return project(answered, kind)
-    if isinstance(record, ConversationRecord) and kind == "prompt":
-        return PromptRecord(record.messages[:-1], **common)
-    if kind == "text":
-        return TextRecord("\n\n".join(text for _, text in record.turns()), **common)
-    raise ValueError(f"a {record.kind} record cannot become {kind}")

@@ -59,7 +59,13 @@ STAGES: dict[str, StageSpec] = {
             "Turn sources into a data set.",
             check="data_prep.curate:check",
         ),
-        _spec("base", "train.base_config:BaseConfig", "train.base:run", "Pretrain a small base model."),
+        _spec(
+            "base",
+            "train.base_config:BaseConfig",
+            "train.base:run",
+            "Pretrain a small base model.",
+            preflight="train.preflight:check",
+        ),
         _spec(
             "pretrain",
             "train.config:PretrainConfig",
@@ -67,6 +73,7 @@ STAGES: dict[str, StageSpec] = {
             "Continue pretraining on plain text.",
             check="train.trainer_args:check",
             outline=_OUTLINE,
+            preflight="train.preflight:check",
         ),
         _spec(
             "sft",

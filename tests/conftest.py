@@ -100,6 +100,25 @@ def preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def unpaired_preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Single answers: two of three helpful and labelled true, the third rude and labelled false."""
+    rng = random.Random(seed)
+    rows = []
+    for index in range(count):
+        facts = _facts(rng)
+        good = index % 3 != 0
+        answer = _good(facts) if good else f"{SENTENCES[4]} {facts['name']}!"
+        rows.append(
+            _common("unpaired_preference", index, facts["code"], {"facts": facts})
+            | {
+                "prompt": _question(facts),
+                "completion": [{"role": "assistant", "content": answer}],
+                "label": good,
+            }
+        )
+    return rows
+
+
 def prompt_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """User turns without an answer."""
     rng = random.Random(seed)
@@ -124,6 +143,7 @@ def text_rows(count: int, seed: int) -> list[dict[str, Any]]:
 ROWS = {
     "conversation": conversation_rows,
     "preference": preference_rows,
+    "unpaired_preference": unpaired_preference_rows,
     "prompt": prompt_rows,
     "text": text_rows,
 }
@@ -139,6 +159,7 @@ def save_dataset(directory: Path, kind: str, train: Sequence[dict], evaluation: 
         "text": [("text", pa.string())],
         "conversation": [("messages", turns)],
         "preference": [("prompt", turns), ("chosen", turns), ("rejected", turns)],
+        "unpaired_preference": [("prompt", turns), ("completion", turns), ("label", pa.bool_())],
         "prompt": [("prompt", turns)],
     }
     schema = pa.schema([(name, pa.string()) for name in ("id", "source", "group", "meta")] + columns[kind])
@@ -273,6 +294,12 @@ def conversation_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def preference_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 + 16 preference pairs."""
     return _dataset_fixture(tmp_path_factory, "preference")
+
+
+@pytest.fixture(scope="session")
+def labelled_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 + 16 single answers, two thirds of them labelled true."""
+    return _dataset_fixture(tmp_path_factory, "unpaired_preference")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from data_prep.dataset import read_split
-from posttrain.errors import DataError, PosttrainError
+from posttrain.errors import DataError, PosttrainError, RequeueError
+from posttrain.preemption import PreemptionFlag
 from posttrain.stage import StageContext
 from train.base_config import BaseConfig
 from train.checkpoints import discard_incomplete, last_complete_checkpoint, mark_complete, step_of
@@ -37,6 +38,13 @@ from train.tokenizer import build_tokenizer
 
 
 def run(config: BaseConfig, context: StageContext) -> dict[str, Any]:
+    """Train a tokenizer and a model, and write ``model/``.
+
+    Raises:
+        DataError: a data set of another kind than text or conversation.
+        PosttrainError: the loss is not finite.
+        RequeueError: SIGTERM came; there is a checkpoint of the step it stopped at.
+    """
     quiet_libraries()
     rows = {split: read_split(context.path("data"), split) for split in ("train", "eval")}
     with context.phase("tokenizer"):
@@ -235,7 +243,7 @@ def _pretrain(
     lengths = [len(sequence.ids) for sequence in sequences]
     plan = islice(batches(lengths, config.batch_size, config.steps, config.seed), done, None)
     model.train()
-    with context.progress("pretraining", total=config.steps) as bar:
+    with PreemptionFlag() as flag, context.progress("pretraining", total=config.steps) as bar:
         bar.advance(done)
         for step, rows in enumerate(plan, start=done + 1):
             batch = collate([sequences[row] for row in rows], model.config.pad_token_id)
@@ -246,8 +254,11 @@ def _pretrain(
             if step % config.log_every == 0 or step == config.steps:
                 bar.update(text=f"loss {loss:.3f}")
                 context.log(step, loss=loss, learning_rate=schedulers[1].get_last_lr()[0])
-            if step % config.save_every == 0 and step < config.steps:
+            stop = flag.requested
+            if stop or (step % config.save_every == 0 and step < config.steps):
                 state.save(context.checkpoints, step)
+            if stop:
+                raise RequeueError(f"step {step} of {config.steps}")
     model.eval()
 
 

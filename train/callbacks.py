@@ -3,7 +3,8 @@
 `fit` runs any transformers/TRL trainer so that a killed process, started again, ends with the same weights
 and the same metrics.jsonl. Three things make that true where the trainer alone does not: a log row is forced
 at every checkpoint (the running mean of the loss is not part of a checkpoint), the token count is carried
-over, and the final evaluation takes place inside training, before the last checkpoint.
+over, and the final evaluation takes place inside training, before the last checkpoint. SIGTERM ends training
+with a checkpoint more (``train/stopping.py``).
 """
 
 from __future__ import annotations
@@ -23,34 +24,45 @@ from transformers import (
     TrainingArguments,
 )
 
-from posttrain.errors import PosttrainError, UserError
+from posttrain.errors import PosttrainError, RequeueError, UserError
+from posttrain.preemption import PreemptionFlag
 from posttrain.stage import StageContext
-from train.checkpoints import discard_incomplete, last_complete_checkpoint, mark_complete, step_of
+from train.checkpoints import discard_incomplete, last_complete_checkpoint, step_of
+from train.stopping import StopCallback, load_means, train_from
 
 _SKIPPED = ("epoch", "total_flos", "eval_num_tokens", "step_time")
 _SPEED = ("_runtime", "_samples_per_second", "_steps_per_second")
 
 
 class RunCallback(TrainerCallback):
-    """Logs to metrics.jsonl, moves the progress bar and marks checkpoints complete.
+    """Logs to metrics.jsonl and moves the progress bar; takes up the counts of the run it goes on from.
 
-    tokens_in_state: whether the trainer keeps its token count in the trainer state, which a checkpoint holds
-    (GRPO, RLOO); the others count from 0 again after a resume, and what was counted before is added here.
+    checkpoint: that training resumes from. tokens_in_state: whether the trainer keeps its token count in the
+    trainer state, which a checkpoint holds (GRPO, RLOO); the others count from 0 again after a resume, and
+    what was counted before is added here.
 
     Raises:
         PosttrainError: the loss or the gradient norm is not finite.
     """
 
     def __init__(
-        self, context: StageContext, description: str, evaluate_at_end: bool, tokens_in_state: bool = False
+        self,
+        trainer: Trainer,
+        context: StageContext,
+        description: str,
+        checkpoint: Path | None,
+        stop: StopCallback,
+        tokens_in_state: bool = False,
     ) -> None:
+        self._trainer = trainer
         self._context = context
         self._description = description
-        self._evaluate_at_end = evaluate_at_end
+        self._checkpoint = checkpoint
+        self._stop = stop
+        self._evaluate_at_end = trainer.eval_dataset is not None
         self._tokens_in_state = tokens_in_state
         self._exits = contextlib.ExitStack()
         self._bar: Any = None
-        self._tokens_before = 0.0
 
     def __enter__(self) -> RunCallback:
         return self
@@ -62,7 +74,10 @@ class RunCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         counted = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
-        self._tokens_before = counted[-1] if counted and not self._tokens_in_state else 0.0
+        if self._checkpoint is not None:
+            counted += load_means(self._trainer, self._checkpoint)
+        if counted and not self._tokens_in_state:
+            self._stop.tokens_before = counted[-1]
         self._bar = self._exits.enter_context(
             self._context.progress(self._description, total=state.max_steps)
         )
@@ -77,6 +92,11 @@ class RunCallback(TrainerCallback):
         control.should_log = control.should_log or control.should_save or last
         control.should_evaluate = control.should_evaluate or (last and self._evaluate_at_end)
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        control.should_log = control.should_log or control.should_save
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -89,7 +109,7 @@ class RunCallback(TrainerCallback):
         if "train_runtime" in logs:
             return
         if "num_tokens" in logs:
-            logs["num_tokens"] += self._tokens_before
+            logs["num_tokens"] += self._stop.tokens_before
             state.log_history[-1]["num_tokens"] = logs["num_tokens"]
         for name in ("loss", "grad_norm", "eval_loss"):
             if name in logs and not math.isfinite(logs[name]):
@@ -100,12 +120,6 @@ class RunCallback(TrainerCallback):
         if state.is_world_process_zero:
             row = {name: value for name, value in logs.items() if _is_result(name)}
             self._context.log(state.global_step, epoch=state.epoch, **row)
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def _is_result(name: str) -> bool:
@@ -129,14 +143,22 @@ def check_processes(trainer: Trainer) -> None:
 
 
 def fit(
-    trainer: Trainer, context: StageContext, description: str, *, tokens_in_state: bool = False
+    trainer: Trainer,
+    context: StageContext,
+    description: str,
+    *,
+    tokens_in_state: bool = False,
+    stop_period: int = 1,
 ) -> dict[str, float]:
     """Train to the end, from the last complete checkpoint if there is one.
 
-    tokens_in_state: see `RunCallback`.
+    tokens_in_state: see `RunCallback`. stop_period: see `StopCallback`.
 
     Returns:
         The last logged training values and the final evaluation, as in metrics.jsonl.
+
+    Raises:
+        RequeueError: SIGTERM came; there is a checkpoint of the step it stopped at.
     """
     check_processes(trainer)
     root = Path(str(trainer.args.output_dir))
@@ -144,12 +166,17 @@ def fit(
     discard_incomplete(root)
     context.rewind(step_of(checkpoint) if checkpoint else -1)
     trainer.remove_callback(PrinterCallback)
-    evaluate = trainer.eval_dataset is not None
-    with RunCallback(context, description, evaluate, tokens_in_state) as callback:
-        trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with PreemptionFlag() as flag:
+        stop = StopCallback(trainer, flag, stop_period)
+        with RunCallback(trainer, context, description, checkpoint, stop, tokens_in_state) as callback:
+            trainer.add_callback(callback)
+            trainer.add_callback(stop)
+            train_from(trainer, checkpoint)
     trainer.remove_callback(callback)
+    trainer.remove_callback(stop)
     (root / "README.md").unlink(missing_ok=True)
+    if stop.stopped:
+        raise RequeueError(f"step {trainer.state.global_step} of {trainer.state.max_steps}")
     return final_metrics(trainer.state, resumed_from=step_of(checkpoint) if checkpoint else None)
 
 

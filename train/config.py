@@ -123,8 +123,9 @@ class KtoConfig(TrainingStageConfig):
     The reference is that of dpo."""
 
     data: DatasetRef = Field(
-        description="Labelled pairs: a dataset directory of kind preference. Each pair gives two rows, the "
-        "chosen answer as desirable and the rejected one as undesirable."
+        description="A dataset directory of kind unpaired_preference, answers labelled true (desirable) or "
+        "false, or of kind preference, of which each pair gives two rows, the chosen answer as desirable and "
+        "the rejected one as undesirable."
     )
     trainer: dict[str, Any] = Field(
         {},

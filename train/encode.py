@@ -159,6 +159,23 @@ def never_ending(
     return Fault(endless, len(encoded), "dialogues", what, remedy)
 
 
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of plain texts as the tokenizer writes them, each with the end token at its end."""
+    encoded: Any = tokenizer(list(texts))["input_ids"]
+    end: Any = tokenizer.eos_token_id
+    return [ids if ids[-1:] == [end] else [*ids, end] for ids in encoded]
+
+
+def windows_of(documents: Sequence[list[int]], max_length: int) -> list[list[int]]:
+    """Documents cut into stretches of at most `max_length` tokens.
+
+    A last token that would be alone is left out: the loss is on all tokens but the first.
+    """
+    starts = ((ids, start) for ids in documents for start in range(0, len(ids), max_length))
+    windows = [ids[start : start + max_length] for ids, start in starts]
+    return [window for window in windows if len(window) > 1]
+
+
 def encode_whole(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], ids: Sequence[str]
 ) -> list[list[int]]:

@@ -16,18 +16,20 @@ def train_and_save(
     description: str,
     *,
     tokens_in_state: bool = False,
+    stop_period: int = 1,
 ) -> dict[str, float]:
     """Train from the last complete checkpoint, write ``model/``, return the last metrics.
 
-    tokens_in_state: see `RunCallback`.
+    tokens_in_state: see `RunCallback`. stop_period: see `StopCallback`.
 
     Raises:
+        RequeueError: SIGTERM came; there is a checkpoint of the step it stopped at.
         PosttrainError: the loss is not finite, nothing was learned, or what was saved is not what was
         trained.
     """
     before = snapshot(trainer)
     with context.phase("train"):
-        metrics = fit(trainer, context, description, tokens_in_state=tokens_in_state)
+        metrics = fit(trainer, context, description, tokens_in_state=tokens_in_state, stop_period=stop_period)
     check_learned(trainer, before)
     with context.phase("save"), context.staging("model") as folder:
         save_model(trainer, tokenizer, folder)

@@ -2,9 +2,10 @@
 
     posttrain run configs/tiny/breadth.yaml --only kto
 
-TRL's KTOTrainer. Each preference pair gives a desirable and an undesirable row (`train.pairs.unpair`, which
-also orders them for the KL term). Departure from TRL's defaults: the reference is decided here, as in
-``train/preference.py``; with LoRA it is the model given, with the adapter switched off.
+TRL's KTOTrainer. Answers are labelled each by itself (kind unpaired_preference), or each preference pair
+gives a desirable and an undesirable one; `train.pairs.load_answers` also orders them for the KL term.
+Departure from TRL's defaults: the reference is decided here, as in ``train/preference.py``; with LoRA it is
+the model given, with the adapter switched off.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
 from train.config import KtoConfig
 from train.finish import train_and_save
-from train.pairs import load_pairs, unpair
+from train.pairs import load_answers
 from train.peft_setup import length_limit, load_policy, load_reference, lora_config, quiet_libraries
 from train.trainer_args import build_args
 
@@ -38,15 +39,15 @@ def run(config: KtoConfig, context: StageContext) -> dict[str, Any]:
 
     with context.phase("tokenize"):
         max_length = length_limit(model.config, config.trainer.get("max_length"))
-        train_pairs, counts = load_pairs(context, "train", tokenizer, max_length)
-        eval_pairs, _ = load_pairs(context, "eval", tokenizer, max_length)
+        train_rows, counts = load_answers(context, "train", tokenizer, max_length, config.seed)
+        eval_rows, _ = load_answers(context, "eval", tokenizer, max_length, config.seed)
 
     trainer = KTOTrainer(
         model=model,
         ref_model=reference,
         args=build_args(config, context.checkpoints, max_length=max_length),
-        train_dataset=unpair(train_pairs, config.seed),
-        eval_dataset=unpair(eval_pairs, config.seed),
+        train_dataset=train_rows,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
     )

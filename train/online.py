@@ -36,6 +36,7 @@ from train.ppo.reward_sources import RewardBatch, load_reward_models
 from train.ppo.rewards import shape_scores
 from train.prompts import Prompts, check_positions, end_with, read_prompts
 from train.trainer_args import build_args
+from train.trainer_rules import generation_period
 
 TRAINERS: dict[type[OnlineConfig], tuple[str, Any]] = {
     GrpoConfig: ("grpo", GRPOTrainer),
@@ -79,7 +80,10 @@ def run(config: GrpoConfig | RlooConfig, context: StageContext) -> dict[str, Any
         peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
     )
     counts = {"prompts": len(splits[0].ids), "prompts_dropped": splits[0].dropped}
-    return counts | train_and_save(trainer, tokenizer, context, name, tokens_in_state=True)
+    period = generation_period(args)
+    return counts | train_and_save(
+        trainer, tokenizer, context, name, tokens_in_state=True, stop_period=period
+    )
 
 
 def numbered(splits: Sequence[Prompts], seed: int) -> list[Dataset]:

@@ -1,4 +1,4 @@
-"""Preference pairs as the trainers on pairs (dpo, orpo, cpo) and on single answers (kto) take them."""
+"""Preference pairs as the trainers on pairs take them (dpo, orpo, cpo), and labelled answers (kto)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_prep.dataset import Split, read_split
+from data_prep.dataset import Split, read_kind, read_split
 from posttrain.errors import DataError
 from posttrain.stage import StageContext
-from train.encode import encode_pairs
+from train.encode import encode_pairs, encode_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +33,48 @@ def load_pairs(
         raise DataError(f"none of {len(encoded)} {split} pairs fits trainer.max_length={max_length}")
     counts = {"pairs": len(fits), "pairs_dropped_too_long": len(encoded) - len(fits)}
     return rows.select(fits).select_columns(["prompt", "chosen", "rejected"]), counts
+
+
+def load_answers(
+    context: StageContext, split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> tuple[Dataset, dict[str, Any]]:
+    """A split as a dataset of prompt, completion and label (true: desirable), in the order to be trained in.
+
+    From a data set of kind unpaired_preference as it is labelled, from one of kind preference see `unpair`.
+    Answers that do not fit `max_length` are left out and counted.
+
+    Raises:
+        DataError: none is left, or one does not end with the end-of-turn token.
+    """
+    if read_kind(context.path("data")) != "unpaired_preference":
+        pairs, counts = load_pairs(context, split, tokenizer, max_length)
+        return unpair(pairs, seed), counts
+    rows = read_split(context.path("data"), split, "unpaired_preference")
+    dialogues = [row["prompt"] + row["completion"] for row in rows]
+    lengths = map(len, encode_whole(tokenizer, dialogues, list(rows["id"])))
+    fits = [index for index, length in enumerate(lengths) if length <= max_length]
+    if not fits:
+        raise DataError(f"none of {len(rows)} {split} answers fits trainer.max_length={max_length}")
+    kept = rows.select(fits).select_columns(["prompt", "completion", "label"])
+    desirable = sum(kept["label"])
+    counts = {
+        "desirable": desirable,
+        "undesirable": len(kept) - desirable,
+        "answers_dropped_too_long": len(rows) - len(kept),
+    }
+    return spread(kept, seed), counts
+
+
+def spread(rows: Dataset, seed: int) -> Dataset:
+    """The rows shuffled with `seed`, but each label at even distances, so that every batch has its share.
+
+    TRL reads KTO rows in the order given; see `unpair`.
+    """
+    labels, rng = np.array(rows["label"]), np.random.default_rng(seed)
+    order = [rng.permutation(np.flatnonzero(labels == label)) for label in (True, False)]
+    places = [(np.arange(len(part)) + 0.5) / len(part) for part in order if len(part)]
+    ranked = np.argsort(np.concatenate(places), kind="stable")
+    return rows.select(np.concatenate(order)[ranked].tolist())
 
 
 def unpair(pairs: Dataset, seed: int) -> Dataset:

@@ -20,6 +20,7 @@ from data_prep.dataset import Split, read_split
 from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
 from train.config import PretrainConfig
+from train.encode import encode_texts, windows_of
 from train.finish import train_and_save
 from train.peft_setup import length_limit, load_policy, lora_config, quiet_libraries
 from train.trainer_args import build_args
@@ -58,11 +59,6 @@ def load_windows(
 ) -> tuple[Dataset, dict[str, int]]:
     """A split as a dataset of ``input_ids`` and ``labels`` of at most `max_length`, and what was counted."""
     texts = list(read_split(context.path("data"), split, "text")["text"])
-    encoded: Any = tokenizer(texts)["input_ids"]
-    windows = []
-    for ids in encoded:
-        document = [*ids, *([] if ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id])]
-        windows += [document[start : start + max_length] for start in range(0, len(document), max_length)]
-    windows = [window for window in windows if len(window) > 1]  # the loss is on all tokens but the first
+    windows = windows_of(encode_texts(tokenizer, texts), max_length)
     counts = {"documents": len(texts), "rows": len(windows), "tokens": sum(map(len, windows))}
     return Dataset.from_dict({"input_ids": windows, "labels": windows}), counts

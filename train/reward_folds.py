@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from posttrain.errors import UserError
+from posttrain.errors import RequeueError, UserError
+from posttrain.preemption import PreemptionFlag
 from posttrain.rundir import atomic_write_json, atomic_write_text
 from posttrain.stage import StageContext
 from train.reward_scores import Pair, pair_accuracy
 
-TrainFold = Callable[[Sequence[Pair], Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
-"""(pairs to train on, held-out pairs) -> scores of the chosen and of the rejected held-out side."""
+TrainFold = Callable[[int, PreemptionFlag, Sequence[Pair], Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
+"""(number of the fold, SIGTERM, pairs to train on, held-out pairs) -> scores of the chosen and of the
+rejected held-out side."""
 
 
 def cross_validate(
@@ -33,18 +35,19 @@ def cross_validate(
 
     Raises:
         UserError: the data has fewer groups than folds.
+        RequeueError: SIGTERM came; finished folds are kept, and a checkpoint of the one being trained.
     """
     fold_of = assign_folds([row["group"] for row in rows], folds, seed)
     store = context.checkpoints / "folds"
     store.mkdir(parents=True, exist_ok=True)
     predictions: list[dict[str, Any]] = []
-    with context.progress("folds", total=folds) as bar:
+    with PreemptionFlag() as flag, context.progress("folds", total=folds) as bar:
         for fold in range(folds):
             done = store / f"fold-{fold}.json"
             if not done.exists():
                 seen = [pair for pair, number in zip(pairs, fold_of, strict=True) if number != fold]
                 indices = [index for index, number in enumerate(fold_of) if number == fold]
-                chosen_N, rejected_N = train_fold(seen, [pairs[index] for index in indices])
+                chosen_N, rejected_N = train_fold(fold, flag, seen, [pairs[index] for index in indices])
                 scores = zip(indices, chosen_N.tolist(), rejected_N.tolist(), strict=True)
                 atomic_write_json(
                     done,
@@ -61,6 +64,8 @@ def cross_validate(
                 )
             predictions += json.loads(done.read_text(encoding="utf-8"))
             bar.advance()
+            if flag.requested:
+                raise RequeueError(f"fold {fold + 1} of {folds}")
     lines = "".join(json.dumps(row) + "\n" for row in predictions)
     atomic_write_text(context.run_dir / "folds.jsonl", lines)
     chosen = torch.tensor([row["chosen"] for row in predictions])

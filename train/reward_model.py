@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,11 +31,13 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import RewardTrainer
 
 from data_prep.dataset import Split, read_split
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RequeueError
 from posttrain.models import load_tokenizer
+from posttrain.preemption import PreemptionFlag
 from posttrain.rundir import atomic_write_json
 from posttrain.stage import StageContext
 from train.callbacks import fit
+from train.checkpoints import discard_incomplete, last_complete_checkpoint
 from train.config import RewardConfig
 from train.encode import encode_pairs, encode_whole
 from train.peft_setup import (
@@ -49,6 +52,7 @@ from train.peft_setup import (
 )
 from train.reward_folds import cross_validate
 from train.reward_scores import Pair, pair_accuracy, score_dialogues, score_pairs
+from train.stopping import StopCallback, train_from
 from train.trainer_args import build_args
 
 CALIBRATION_FILE = "reward_calibration.json"
@@ -61,6 +65,7 @@ def run(config: RewardConfig, context: StageContext) -> dict[str, Any]:
     Raises:
         UserError: data, template or model do not fit; the message says which and how to mend it.
         PosttrainError: the loss is not finite, or the head was not trained.
+        RequeueError: SIGTERM came, see `fit` and `cross_validate`.
     """
     quiet_libraries()
     tokenizer = load_tokenizer(context.path("model"))
@@ -176,16 +181,30 @@ def train_fold(
     config: RewardConfig,
     context: StageContext,
     tokenizer: PreTrainedTokenizerBase,
+    number: int,
+    flag: PreemptionFlag,
     seen: Sequence[Pair],
     held_out: Sequence[Pair],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw scores of both sides of `held_out`, by a model trained as the final one but on `seen` only."""
-    args = build_args(config, context.checkpoints / "folds")
+    """Raw scores of both sides of `held_out`, by a model trained as the final one but on `seen` only.
+
+    Its only checkpoint is the one that SIGTERM asks for, with which it raises RequeueError.
+    """
+    folder = context.checkpoints / "folds" / f"fold-{number}"
+    args = build_args(config, folder)
     args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     args.load_best_model_at_end = False
     model = load_classifier(config, context, tokenizer)
     trainer = make_trainer(config, model, tokenizer, args, seen, None)
     trainer.remove_callback(PrinterCallback)
     before = snapshot(trainer)
-    trainer.train()
+    discard_incomplete(folder)
+    checkpoint = last_complete_checkpoint(folder)
+    stop = StopCallback(trainer, flag)
+    trainer.add_callback(stop)
+    train_from(trainer, checkpoint)
+    if stop.stopped:
+        steps = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise RequeueError(f"{steps} of fold {number + 1} of {config.folds}")
+    shutil.rmtree(folder, ignore_errors=True)
     return score_pairs(check_learned(trainer, before), UNCALIBRATED, held_out)

@@ -20,9 +20,8 @@ from train.config import (
     SftConfig,
     TrainingStageConfig,
 )
+from train.group_rules import Rule, group_rules
 from train.online_config import GrpoConfig, OnlineConfig
-
-Rule = tuple[str, str, str]
 
 DPO_LOSSES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
@@ -134,6 +133,7 @@ def _online(config: OnlineConfig) -> list[Rule]:
     found = []
     if block.get("max_completion_length", 512) is None:
         found.append(("max_completion_length", "answers need a limit", "give a number"))
+    found += group_rules(config)
     if isinstance(config, GrpoConfig):
         found += [
             _not_among(name, block[name], values)

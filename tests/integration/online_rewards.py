@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 CALLS: list[dict[str, Any]] = []
 """What `watch` was given, call by call."""
+SCORED: list[int] = []
+"""How many answers `sigterm_once` was given, call by call."""
 
 
 def watch(
@@ -26,3 +31,12 @@ def watch(
 def constant(completions: list[str], **kwargs: Any) -> list[float]:
     """The same for every response."""
     return [1.0] * len(completions)
+
+
+def sigterm_once(completions: list[str], call: int, sent: str) -> list[float]:
+    """0 for every response. In its `call`-th call the process gets SIGTERM, unless the file `sent` exists."""
+    SCORED.append(len(completions))
+    if len(SCORED) == call and not Path(sent).exists():
+        Path(sent).touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [0.0] * len(completions)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 
 import pytest
 import torch
 
+from posttrain.errors import RequeueError
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.stage import execute_stage
 from train import base
@@ -75,22 +77,27 @@ def test_rendered_conversations_end_with_the_end_of_turn_token(whole_run):
     assert ids[: len(prompt)] == prompt
 
 
-def test_resumes_to_the_bit(whole_run, tmp_path, conversation_data, monkeypatch):
+@pytest.mark.parametrize("way", ["killed", "SIGTERM"])
+def test_resumes_to_the_bit(way, whole_run, tmp_path, conversation_data, monkeypatch):
     """Stopped in the middle, started again: same weights, same metrics."""
     run_dir = tmp_path / "run"
     real_step, calls = base._step, []
 
     def stop_at_13(*args):
         calls.append(1)
-        if len(calls) == 13:
+        if len(calls) == 13 and way == "killed":
             raise KeyboardInterrupt
+        if len(calls) == 13:
+            signal.raise_signal(signal.SIGTERM)
         return real_step(*args)
 
     monkeypatch.setattr(base, "_step", stop_at_13)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt if way == "killed" else RequeueError):
         execute_stage("base", config(conversation_data), run_dir)
     monkeypatch.undo()
     assert not (run_dir / "model").exists()
+    last = {"killed": "checkpoint-8", "SIGTERM": "checkpoint-13"}[way]
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [last]
     execute_stage("base", config(conversation_data), run_dir)
     whole, resumed = (load_causal_lm(path / "model").state_dict() for path in (whole_run, run_dir))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

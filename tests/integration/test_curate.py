@@ -203,6 +203,29 @@ BAD_ROLE = {"messages": [{"role": "wizard", "content": "Hi"}, {"role": "assistan
 GOOD_TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 
 
+def test_labelled_answers(tmp_path: Path) -> None:
+    """The label is part of the content: the same answer with both labels is kept twice, with one once."""
+    rows = [
+        {"prompt": f"Question {n}?", "completion": f"Answer {n}.", "label": n % 4 != 0} for n in range(40)
+    ]
+    rows += [rows[1], {**rows[1], "label": False}]
+    settings = config("unpaired_preference", save(tmp_path / "a.jsonl", rows))
+    metrics, said = curate(settings, tmp_path / "run")
+    assert "a.jsonl: 42 rows, format unpaired_preference" in said
+    assert (metrics["rows_out"], metrics["drops"]) == (41, {"duplicate": 1})
+    kept = [row for split in ("train", "eval") for row in read_split(tmp_path / "run", split).to_list()]
+    assert list(kept[0]) == columns("unpaired_preference")
+    assert {(row["prompt"][0]["content"], row["completion"][0]["content"], row["label"]) for row in kept} == {
+        (row["prompt"], row["completion"], row["label"]) for row in rows
+    }
+    info = json.loads((tmp_path / "run" / "dataset.json").read_text())
+    assert info["lengths"]["desirable_share"] == pytest.approx(30 / 41, abs=1e-4)
+    assert info["lengths"]["undesirable"]["min"] == len("Answer 0.")
+    for file in ("card.md", "report.html"):
+        assert "73.2% of the answers are labelled desirable." in (tmp_path / "run" / file).read_text()
+    assert "<b>undesirable</b>" in (tmp_path / "run" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "block", "says"),
     [
@@ -221,7 +244,24 @@ GOOD_TALK = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant
         ("text", [], {}, "a.jsonl: no rows"),
         ("text", [{"text": "a"}], {"filters": {"min_chars": 5}}, "none of the 1 rows is left"),
         ("text", [{"body": "a"}], {}, "cannot tell the format from the fields body"),
-        ("conversation", [{**GOOD_TALK, "label": True}], {}, "KTO labels"),
+        (
+            "conversation",
+            [{**GOOD_TALK, "label": True}],
+            {},
+            r"unpaired_preference rows, which cannot become kind conversation\n.*the rows labelled true",
+        ),
+        (
+            "unpaired_preference",
+            [{**GOOD_TALK, "label": True}, {**GOOD_TALK, "label": "good"}],
+            {},
+            r"label_not_boolean \(1\), first at a.jsonl:2: the label must be true or false, got str: good",
+        ),
+        (
+            "unpaired_preference",
+            [{"prompt": "Hi", "completion": "Hello", "label": True}, {"prompt": "Hi", "label": False}],
+            {},
+            r"missing_field \(1\), first at a.jsonl:2: no field 'completion' or 'response'",
+        ),
         ("preference", [{"text": "a"}], {}, "holds text rows, which cannot become kind preference"),
         ("conversation", [GOOD_TALK], {}, "a split by group needs several groups"),
         (

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.conftest import command, write_stage
+
 GROUPS = {"num_generations": 4, "max_completion_length": 8}
 
 
@@ -61,3 +63,36 @@ def test_pairs_with_two_identical_sides(kind, refused, tiny_model_dir, dataset, 
 def test_what_is_trained_in_a_sound_kto_stage_is_shown(warned, tiny_model_dir, preference_data):
     error = warned("kto", "one example as the model sees it", model=tiny_model_dir, data=preference_data)
     assert ">>>" in error and "<|im_end|>" in error.rpartition(">>>")[2]
+
+
+def test_prompts_for_less_than_one_generation(online_refused):
+    said = ("256 answers a generation are 64 prompts x num_generations 4", "has 48 prompts that fit")
+    trainer = {"per_device_train_batch_size": 256}
+    error = online_refused("grpo", "trainer.per_device_train_batch_size", *said, trainer=trainer)
+    assert "use at most 192 answers a generation" in error
+
+
+def test_prompts_that_no_generation_reaches_are_a_warning(
+    warned, tiny_model_dir, tiny_reward_dir, prompt_data
+):
+    fields = {
+        "model": tiny_model_dir,
+        "reward": tiny_reward_dir,
+        "data": prompt_data,
+        "max_prompt_tokens": 64,
+    }
+    trainer = GROUPS | {"generation_batch_size": 120, "save_steps": 120}
+    said = (": trainer.generation_batch_size: ", "the last 18 of 48 prompts fill none and are never used")
+    warned("rloo", *said, **fields, trainer=trainer)
+    whole = warned("rloo", "one example", **fields, trainer=trainer | {"generation_batch_size": 96})
+    assert "never used" not in whole
+
+
+def test_groups_that_do_not_fill_a_generation(tmp_path, tiny_model_dir, tiny_reward_dir, prompt_data):
+    fields = {"model": tiny_model_dir, "reward": tiny_reward_dir, "data": prompt_data}
+    file = write_stage(tmp_path, "grpo", fields | {"trainer": {"num_generations": 3}})
+    done = command("check", file)
+    assert done.exit_code == 2
+    assert ": trainer.per_device_train_batch_size: " in done.stderr
+    assert "= 4 answers a generation, which is not a multiple of num_generations 3" in done.stderr
+    assert "use 6, or num_generations 2 or 4" in done.stderr

@@ -62,4 +62,4 @@ def test_packing_keeps_all_tokens(run_stage, tmp_path, tiny_model_dir, text_data
 
 def test_refuses_conversations(run_stage, tmp_path, tiny_model_dir, conversation_data):
     with pytest.raises(DataError, match="text rows are needed"):
-        run_stage("pretrain", tmp_path / "run", model=tiny_model_dir, data=conversation_data)
+        run_stage("pretrain", tmp_path / "run", preflight=False, model=tiny_model_dir, data=conversation_data)

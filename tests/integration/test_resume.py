@@ -85,21 +85,23 @@ def test_killed_sft_resumes_to_the_bit(run_stage, tmp_path, tiny_model_dir, conv
     assert not (killed / "checkpoints" / "checkpoint-9999").exists()
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto", "orpo", "cpo"])
-@pytest.mark.parametrize("stop", [4, 12])
+@pytest.mark.parametrize("kind", ["pretrain", "sft", "reward", "dpo", "kto", "orpo", "cpo"])
+@pytest.mark.parametrize("stop", [4, 11])
 def test_resumes_from_what_a_killed_run_leaves(
-    kind, stop, run_stage, tmp_path, tiny_model_dir, conversation_data, preference_data
+    kind, stop, run_stage, tmp_path, tiny_model_dir, text_data, conversation_data, preference_data
 ):
-    """A finished run's directory, set back to just after the checkpoint at `stop` (12: the last one)."""
+    """A finished run's directory, set back to just after the checkpoint at `stop` (11: the last one, and not
+    the last step of its epoch).
+    """
     trainer = {
-        "max_steps": 12,
+        "max_steps": 11,
         "logging_steps": 3,
         "save_steps": 4,
         "save_total_limit": 9,
         "num_train_epochs": 9,
     }
     peft = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
-    data = conversation_data if kind == "sft" else preference_data
+    data = {"pretrain": text_data, "sft": conversation_data}.get(kind, preference_data)
     fields = {"model": tiny_model_dir, "data": data, "trainer": trainer, "peft": peft}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_stage(kind, whole, **fields)

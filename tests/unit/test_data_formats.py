@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from data_prep.formats import FORMATS, detect
+from data_prep.projections import project
 from data_prep.records import (
     ConversationRecord,
     InvalidRecord,
@@ -15,7 +16,7 @@ from data_prep.records import (
     PreferenceRecord,
     PromptRecord,
     TextRecord,
-    project,
+    UnpairedPreferenceRecord,
 )
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
@@ -26,6 +27,8 @@ PAIR = PreferenceRecord(
 )
 TALK = ConversationRecord([Message("user", "Hi"), Message("assistant", "Hello")])
 GUIDED = ConversationRecord([Message("system", "Be kind."), *TALK.messages])
+GOOD_ANSWER = UnpairedPreferenceRecord(TALK.messages[:1], TALK.messages[1:], True)
+BAD_ANSWER = UnpairedPreferenceRecord(TALK.messages[:1], TALK.messages[1:], False)
 HH = "\n\nHuman: Hi\n\nAssistant: "
 
 GOOD: list[tuple[str, dict[str, Any], Any]] = [
@@ -62,7 +65,21 @@ GOOD: list[tuple[str, dict[str, Any], Any]] = [
         PAIR,
     ),
     ("hh", {"chosen": HH + "Hello", "rejected": HH + "What?"}, PAIR),
+    ("unpaired_preference", {"prompt": "Hi", "completion": "Hello", "label": True}, GOOD_ANSWER),
+    ("unpaired_preference", {"prompt": [USER], "completion": [ANSWER], "label": False}, BAD_ANSWER),
+    ("unpaired_preference", {"messages": [USER, ANSWER], "label": False}, BAD_ANSWER),
+    ("unpaired_preference", {"messages": [USER, ANSWER], "kto_tag": True}, GOOD_ANSWER),
+    ("unpaired_preference", {"instruction": "Hi", "output": "Hello", "kto_tag": False}, BAD_ANSWER),
+    (
+        "unpaired_preference",
+        {
+            "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+            "label": True,
+        },
+        GOOD_ANSWER,
+    ),
     ("text", {"text": "Once."}, TextRecord("Once.")),
+    ("text", {"text": "Once.", "label": True}, TextRecord("Once.")),
     ("prompt", {"prompt": "Hi"}, PromptRecord([Message("user", "Hi")])),
     ("prompt", {"prompt": [USER]}, PromptRecord([Message("user", "Hi")])),
 ]
@@ -159,6 +176,16 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
         "a",
     ),
     ("hh", {"chosen": "\n\nHuman: x", "rejected": "\n\nHuman: y"}, "no_turns", "one turn"),
+    (
+        "unpaired_preference",
+        {"messages": [USER, ANSWER], "label": "true"},
+        "label_not_boolean",
+        "true or false, got str: true",
+    ),
+    ("unpaired_preference", {"messages": [USER, ANSWER], "label": 1}, "label_not_boolean", "got int: 1"),
+    ("unpaired_preference", {"messages": [USER, ANSWER], "label": None}, "missing_field", "'kto_tag'"),
+    ("unpaired_preference", {"messages": [USER], "label": True}, "last_turn_not_assistant", "'user'"),
+    ("unpaired_preference", {"prompt": "Hi", "label": True}, "missing_field", "'completion'"),
     ("text", {"text": "  "}, "empty_content", "text"),
     ("text", {"text": 3}, "wrong_type", "int"),
     ("prompt", {"prompt": [USER, ANSWER]}, "prompt_not_ending_in_user", "'assistant'"),
@@ -221,11 +248,23 @@ def test_transcript_keeps_speaker_names_inside_a_turn() -> None:
     assert record.rejected[0].content == "Fine.\nAssistant: yes"
 
 
-@pytest.mark.parametrize(
-    "row", [{"messages": [USER, ANSWER], "label": False}, {"question": "Hi"}, {}, {"text": None}]
-)
+def test_what_is_asked_for_decides_where_no_label_says_so() -> None:
+    """A label that is missing, or no boolean, is then an error of its row and not another format."""
+    for row in ({"messages": [USER, ANSWER], "label": 1}, {"prompt": "Hi", "completion": "Hello"}):
+        assert detect(row, "unpaired_preference") == "unpaired_preference"
+        assert detect(row) in ("messages", "prompt_completion")
+    assert detect({"prompt": "Hi", "label": True}) == "unpaired_preference"
+
+
+@pytest.mark.parametrize("row", [{"question": "Hi"}, {}, {"text": None}])
 def test_detection_refuses_what_it_does_not_know(row: dict[str, Any]) -> None:
     assert detect(row) is None
+
+
+def test_a_labelled_answer_becomes_a_prompt_and_nothing_else() -> None:
+    assert project(BAD_ANSWER, "prompt").turns() == [("user", "Hi")]
+    with pytest.raises(ValueError, match="unpaired_preference record cannot become conversation"):
+        project(BAD_ANSWER, "conversation")
 
 
 def test_projections_of_a_pair() -> None:

@@ -161,8 +161,7 @@ def test_contradictions_that_trl_ignores_or_finds_late(kind, block, word):
 @pytest.mark.parametrize(
     ("kind", "block"),
     [
-        ("grpo", {"num_generations": 3}),
-        ("rloo", {"generation_batch_size": 12}),
+        ("grpo", {"auto_find_batch_size": True}),
         ("dpo", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}),
         ("sft", {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "steps"}),
         ("sft", {"optim_args": "a=1", "warmup_steps": -1}),

@@ -9,26 +9,36 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.preflight import Findings
-from train.config import SftConfig
+from train.base_config import BaseConfig
+from train.config import KtoConfig, PretrainConfig, SftConfig
 from train.online_config import OnlineConfig
 from train.peft_setup import quiet_libraries
 from train.ppo.config import PpoStageConfig
+from train.preflight.answers import check_kto
+from train.preflight.base import check_base
 from train.preflight.dialogues import check_sft
 from train.preflight.pairs import PairsConfig, check_pairs
 from train.preflight.ppo import check_online, check_ppo
+from train.preflight.texts import check_pretrain
 
 
 def check(
-    config: SftConfig | PairsConfig | OnlineConfig | PpoStageConfig,
+    config: BaseConfig | PretrainConfig | SftConfig | PairsConfig | OnlineConfig | PpoStageConfig,
     paths: Mapping[str, Path],
     run_dir: Path,
 ) -> Findings:
     """Everything that speaks against starting this stage, as far as its inputs are in `paths`."""
     quiet_libraries()
+    if isinstance(config, BaseConfig):
+        return check_base(config, paths, run_dir)
+    if isinstance(config, PretrainConfig):
+        return check_pretrain(config, paths, run_dir)
     if isinstance(config, SftConfig):
         return check_sft(config, paths, run_dir)
     if isinstance(config, PpoStageConfig):
         return check_ppo(config, paths, run_dir)
     if isinstance(config, OnlineConfig):
         return check_online(config, paths, run_dir)
+    if isinstance(config, KtoConfig):
+        return check_kto(config, paths, run_dir)
     return check_pairs(config, paths, run_dir)

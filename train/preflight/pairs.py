@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from peft import TaskType
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from posttrain.errors import UserError
 from posttrain.preflight import Findings
 from train.config import CpoConfig, DpoConfig, KtoConfig, OrpoConfig, RewardConfig
-from train.encode import Fault, identical_sides, open_ended, render_whole
+from train.encode import identical_sides, open_ended, render_whole
 from train.preflight.models import check_length
-from train.preflight.rows import MAX_LOST, Sample, all_alike, judge, read_samples
+from train.preflight.rendered import check_fits, check_prompts, render_prompts
+from train.preflight.rows import Sample, all_alike, judge, read_samples
 from train.preflight.tokens import (
     check_added_bos,
     doubled_bos,
@@ -32,9 +32,6 @@ EXTREME = 0.9
 
 FEW = 20
 """Fewer pairs than this say nothing about length."""
-
-PROMPTS = 1_000
-"""Prompts rendered alone: how they differ from what precedes an answer follows from the template."""
 
 Pair = tuple[list[int], list[int]]
 PairsConfig = RewardConfig | DpoConfig | KtoConfig | OrpoConfig | CpoConfig
@@ -61,7 +58,9 @@ def check_pairs(config: PairsConfig, paths: Mapping[str, Path], run_dir: Path) -
         with rendering(tokenizer, sample.where, "data", findings):
             pairs, prompts = _render(tokenizer, sample)
             check_rendered(tokenizer, sample, pairs, max_length, findings)
-            _check_prompts(config, sample, pairs, prompts, findings)
+            # A reward model never sees a prompt alone.
+            limit = 1.0 if isinstance(config, RewardConfig) else MAX_PROMPT_MISMATCH
+            check_prompts(sample, pairs, "pairs", prompts, limit, findings)
             if sample.split == "train":
                 check_length_bias(sample, pairs, findings)
             if not findings.example:
@@ -76,10 +75,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[list[Pa
     """Token ids of both sides, prompt included, and of the first prompts up to the assistant's turn."""
     chosen = render_whole(tokenizer, [row["prompt"] + row["chosen"] for row in sample.rows])
     rejected = render_whole(tokenizer, [row["prompt"] + row["rejected"] for row in sample.rows])
-    batch: Any = tokenizer.apply_chat_template(
-        [row["prompt"] for row in sample.rows[:PROMPTS]], add_generation_prompt=True, return_dict=True
-    )
-    return list(zip(chosen, rejected, strict=True)), batch["input_ids"]
+    return list(zip(chosen, rejected, strict=True)), render_prompts(tokenizer, sample)
 
 
 def check_one_class(sample: Sample, findings: Findings) -> None:
@@ -135,44 +131,7 @@ def check_rendered(
         findings, "model", place, open_ended(tokenizer, chosen, ids) or open_ended(tokenizer, rejected, ids)
     )
     judge(findings, "model", place, doubled_bos(tokenizer, chosen, ids))
-    lengths = [max(map(len, pair)) for pair in pairs]
-    if max_length is not None and max(lengths) > max_length:
-        long = [name for name, length in zip(ids, lengths, strict=True) if length > max_length]
-        what = f"are longer than trainer.max_length={max_length} and would be left out"
-        remedy = (
-            f"raise trainer.max_length (the longest side has {max(lengths)} tokens), or curate shorter ones"
-        )
-        judge(findings, "trainer.max_length", place, Fault(long, len(pairs), "pairs", what, remedy), MAX_LOST)
-
-
-def _check_prompts(
-    config: PairsConfig,
-    sample: Sample,
-    pairs: Sequence[Pair],
-    prompts: Sequence[list[int]],
-    findings: Findings,
-) -> None:
-    """Prompts that are not rendered alike alone and before an answer. A reward model never sees one alone."""
-    off = [
-        name
-        for name, prompt, pair in zip(sample.ids, prompts, pairs, strict=False)
-        if any(side[: len(prompt)] != prompt for side in pair)
-    ]
-    if not off:
-        return
-    what = "have a prompt whose tokens, rendered alone, are not those it has before chosen and rejected"
-    remedy = (
-        "use a chat template whose generation prompt is how it begins the assistant's turn; a policy would "
-        "answer another prompt than it was trained on"
-    )
-    fault = Fault(off, len(prompts), "pairs", what, remedy)
-    judge(
-        findings,
-        "model",
-        sample.where,
-        fault,
-        1.0 if isinstance(config, RewardConfig) else MAX_PROMPT_MISMATCH,
-    )
+    check_fits(sample, pairs, "pairs", max_length, findings)
 
 
 def check_length_bias(sample: Sample, pairs: Sequence[Pair], findings: Findings) -> None:

@@ -24,12 +24,13 @@ from train.preflight.disk import check_disk
 from train.preflight.lora import check_lora
 from train.preflight.machine import check_precision, check_processes, this_device
 from train.preflight.models import Size, measure, read_config, skeleton
-from train.preflight.rows import Sample, all_alike, judge, read_samples
+from train.preflight.rows import MAX_LOST, Sample, all_alike, judge, read_samples
 from train.preflight.tokens import doubled_bos, pieces, read_model, rendering
 from train.preflight.trained import check_trained
 from train.prompts import check_positions
 from train.trainer_args import arguments_class
 
+_GENERATION = ("generation_batch_size", "steps_per_generation", "per_device_train_batch_size")
 MAX_PROMPTS_DROPPED = 0.5
 """Largest share of prompts over max_prompt_tokens; dropping more than that is refused, fewer a warning."""
 
@@ -256,7 +257,34 @@ def _check_prompts(
         remedy = "raise max_prompt_tokens, or curate shorter prompts"
         fault = Fault(long, len(sample.rows), "prompts", what, remedy)
         judge(findings, where, sample.where, fault, MAX_PROMPTS_DROPPED)
+    if isinstance(config, OnlineConfig) and sample.split == "train" and len(sample.rows) == sample.total:
+        _check_generations(config, sample, len(kept), findings)
     names = [sample.ids[index] for index in kept]
     judge(findings, "model", sample.where, doubled_bos(tokenizer, ids, names))
     if not findings.example:
         findings.example = pieces(tokenizer, ids[0], [False] * len(ids[0]))
+
+
+def _check_generations(config: OnlineConfig, sample: Sample, prompts: int, findings: Findings) -> None:
+    """Too few prompts for one generation, or many that none reaches: TRL leaves out an incomplete generation,
+    and the order of the prompts is the same in every pass.
+    """
+    args = build_args(config, Path("unused"))
+    answers, group = args.generation_batch_size, args.num_generations
+    wanted = answers // group
+    given = [name for name in _GENERATION if name in config.trainer]
+    field = given[0] if given else _GENERATION[-1]
+    generation = f"{answers} answers a generation are {wanted} prompts x num_generations {group}"
+    if prompts < wanted:
+        findings.fail(
+            f"trainer.{field}",
+            f"{generation}, and {sample.where} has {prompts} prompts that fit: there would be no step",
+            f"use at most {prompts * group} answers a generation (a smaller batch, fewer steps or less "
+            "accumulation, or more answers to a prompt), or curate more prompts",
+        )
+    elif prompts % wanted > MAX_LOST * prompts:
+        findings.warn(
+            f"trainer.{field}",
+            f"{generation}: the last {prompts % wanted} of {prompts} prompts fill none and are never used",
+            f"use a number of prompts a generation that divides {prompts}, or curate more prompts",
+        )

@@ -1,4 +1,4 @@
-"""What sft, reward and dpo have in common: the model's files, LoRA, the machine and the disk."""
+"""What stages that start from a model have in common: the model's files, LoRA, the machine and the disk."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ def check_trained(
     samples: Sequence[Sample],
     run_dir: Path,
     findings: Findings,
+    rows: int | None = None,
 ) -> None:
-    """Add what is wrong with the model to start from, with `peft`, the machine and the disk."""
-    rows = next((sample.total for sample in samples if sample.split == "train"), None)
+    """Add what is wrong with the model to start from, with `peft`, the machine and the disk.
+
+    rows: that the trainer will see of the train split, where they are not its rows.
+    """
+    if rows is None:
+        rows = next((sample.total for sample in samples if sample.split == "train"), None)
     device = this_device()
     findings.add(check_precision(config, device))
     findings.add(check_processes(config, device, rows))
