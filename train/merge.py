@@ -28,8 +28,9 @@ from data_prep.dataset import read_split
 from posttrain.errors import PosttrainError, UserError
 from posttrain.models import is_adapter, load_tokenizer
 from posttrain.stage import StageContext
+from train.adapters import torch_dtype
 from train.config import MergeConfig
-from train.peft_setup import quiet_libraries, torch_dtype
+from train.peft_setup import quiet_libraries
 
 CALIBRATION_FILE = "reward_calibration.json"
 SAMPLES = 16

@@ -10,11 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from train.config import (
+    AdapterSettings,
     CpoConfig,
     DpoConfig,
     KtoConfig,
     OrpoConfig,
-    PeftSettings,
     PretrainConfig,
     RewardConfig,
     SftConfig,
@@ -174,7 +174,7 @@ def test_what_the_dataclass_itself_raises_is_a_problem(kind, block):
 
 
 def test_an_adapter_on_the_head_is_refused():
-    settings = PeftSettings(target_modules=["q_proj", "lm_head"])
+    settings = AdapterSettings(target_modules=["q_proj", "lm_head"])
     assert only(check(make("dpo", peft=settings), "w")).where == "w.peft.target_modules"
     assert check(make("reward", peft=settings), "w") == []
 
@@ -203,14 +203,14 @@ def test_what_group_training_sets_itself_is_refused_too(kind, name):
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "rloo"])
 def test_trained_biases_would_move_the_reference(kind):
-    problem = only(check(make(kind, peft=PeftSettings(bias="all")), "w"))
+    problem = only(check(make(kind, peft=AdapterSettings(bias="all")), "w"))
     assert problem.where == "w.peft.bias" and "reference" in problem.message
-    assert check(make("sft", peft=PeftSettings(bias="all")), "w") == []
+    assert check(make("sft", peft=AdapterSettings(bias="all")), "w") == []
 
 
 @pytest.mark.parametrize("kind", ["kto", "orpo", "cpo", "grpo", "rloo"])
 def test_dropout_of_an_adapter_is_not_dropped_in_silence(kind):
-    settings = PeftSettings(lora_dropout=0.1)
+    settings = AdapterSettings(lora_dropout=0.1)
     assert only(check(make(kind, peft=settings), "w")).where == "w.peft.lora_dropout"
     assert check(make(kind, {"disable_dropout": False}, peft=settings), "w") == []
 

@@ -24,8 +24,8 @@ def check_disk(
     findings = Findings()
     dtype = "float32" if isinstance(config, PpoStageConfig) else config.dtype
     count = checkpoints(config, rows)
-    one = size.trained * (WEIGHT + ADAM)
-    model = size.total * _BYTES[dtype] if size.whole else size.trained * WEIGHT
+    one = size.trained * (WEIGHT + ADAM) + size.reference * WEIGHT
+    model = size.total * _BYTES[dtype] if size.whole else (size.trained + size.added) * WEIGHT
     needed, free = count * one + model, free_bytes(run_dir)
     if needed > free:
         limit = "" if isinstance(config, PpoStageConfig) else "trainer."
