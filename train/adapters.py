@@ -203,8 +203,9 @@ def check_start(path: Path, config: TrainingStageConfig, task: TaskType) -> None
     given = PeftConfig.from_pretrained(str(path))
     if not isinstance(given, LoraConfig) or given.task_type != task:
         raise UserError(
-            f"peft.start: {settings.start} takes a LORA adapter of task {task} here, model {config.model} "
-            f"is a {given.peft_type} adapter of task {given.task_type}\n    name another adapter"
+            f"peft.start: {settings.start} takes a LORA adapter of task {task.value} here, model "
+            f"{config.model} is a {given.peft_type.value} adapter of task {given.task_type}\n"
+            "    name another adapter"
         )
     if settings.start == "stack":
         _check_stackable(path, config.model)
