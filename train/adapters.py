@@ -32,7 +32,7 @@ from train.concatenate import Part, read_part
 from train.config import DpoConfig, KtoConfig, RewardConfig, TrainingStageConfig
 from train.online_config import GrpoConfig, RlooConfig
 from train.peft_config import START_FIELDS, AdapterSettings, PeftSettings
-from train.quantized import loading_options, match_trl, prepare, require_bitsandbytes
+from train.quantized import loading_options, prepare, require_bitsandbytes
 
 INITIAL = "initial_adapter.safetensors"
 """In the checkpoints directory: A and B as PiSSA or OLoRA drew them, which a resumed run starts from too."""
@@ -119,8 +119,6 @@ def adapt(
     if settings.start == "continue":
         model = PeftModel.from_pretrained(base, path, is_trainable=True)
         model.peft_config["default"].base_model_name_or_path = base.name_or_path
-        if quantization:
-            match_trl(model)
         return Start(model, None, (), ratio, quantization)
     others: tuple[Part, ...] = ()
     if settings.start == "stack":

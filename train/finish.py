@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from posttrain.stage import StageContext
 from train.adapters import Start
 from train.callbacks import fit
-from train.peft_setup import check_learned, save_model, snapshot
+from train.peft_setup import REFERENCE, check_learned, save_model, snapshot
 
 
 def train_and_save(
@@ -30,7 +30,7 @@ def train_and_save(
         PosttrainError: the loss is not finite, nothing was learned, or what was saved is not what was
         trained.
     """
-    use_loraplus(trainer, start)
+    make_ready(trainer, start)
     before = snapshot(trainer)
     with context.phase("train"):
         metrics = fit(trainer, context, description, tokens_in_state=tokens_in_state)
@@ -38,6 +38,33 @@ def train_and_save(
     with context.phase("save"), context.staging("model") as folder:
         save_model(trainer, tokenizer, folder, start.others)
     return metrics | start.facts
+
+
+def make_ready(trainer: Trainer, start: Start) -> None:
+    """What a trainer needs that was just built: see `settle_types` and `use_loraplus`."""
+    settle_types(trainer, start)
+    use_loraplus(trainer, start)
+
+
+def settle_types(trainer: Trainer, start: Start) -> None:
+    """On a quantised base: modules_to_save in float32, and the reference in the type of the policy.
+
+    TRL holds everything trainable in bfloat16 there, which is meant for A and B. A score head or an embedding
+    would lose updates and not fit float32 activations; and the copy that is the reference, which TRL leaves
+    in float32, would not compute what the policy computes before the first step.
+    """
+    if start.quantization is None:
+        return
+    assert trainer.model is not None
+    named = dict(trainer.model.named_parameters())
+    for name, parameter in named.items():
+        copy = named.get(name.replace(".default.", f".{REFERENCE}.")) if ".default." in name else None
+        if "modules_to_save.default" in name:
+            of_base = named[name.replace("modules_to_save.default", "original_module")]
+            given = copy if start.lora is None else of_base
+            parameter.data = (parameter if given is None else given).data.float().clone()
+        elif copy is not None:
+            copy.data = copy.data.to(parameter.dtype)
 
 
 def use_loraplus(trainer: Trainer, start: Start) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from packaging.version import Version
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import prepare_model_for_kbit_training
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from posttrain.errors import UserError
@@ -59,14 +59,3 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     """
     prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return prepared
-
-
-def match_trl(model: PeftModel) -> None:
-    """Hold a continued adapter in bfloat16, as TRL holds every adapter on a quantised base.
-
-    TRL casts after it has copied the adapter for the reference: policy and reference would differ by the
-    rounding before the first step. DoRA's magnitudes stay float32 there and here.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_magnitude_vector" not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)

@@ -41,7 +41,7 @@ from train.adapters import Start, adapt, check_start, load_base, refuse_adapter
 from train.callbacks import fit
 from train.config import RewardConfig
 from train.encode import encode_pairs, encode_whole
-from train.finish import use_loraplus
+from train.finish import make_ready
 from train.peft_setup import check_learned, length_limit, quiet_libraries, save_model, snapshot
 from train.reward_folds import cross_validate
 from train.reward_scores import Pair, pair_accuracy, score_dialogues, score_pairs
@@ -149,7 +149,7 @@ def make_trainer(
         processing_class=tokenizer,
         peft_config=start.lora,
     )
-    use_loraplus(trainer, start)
+    make_ready(trainer, start)
     return trainer
 
 
