@@ -141,7 +141,13 @@ STAGES: dict[str, StageSpec] = {
             "Measure models side by side.",
             check="eval.config:check",
         ),
-        _spec("merge", "train.config:MergeConfig", "train.merge:run", "Merge an adapter into full weights."),
+        _spec(
+            "merge",
+            "train.merge_config:MergeConfig",
+            "train.merge:run",
+            "Merge adapters into full weights.",
+            version=2,
+        ),
         _spec(
             "export",
             "serving.config:ExportConfig",

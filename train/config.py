@@ -1,6 +1,6 @@
-"""Configuration of the stages that train with TRL, and of merge (torch-free).
+"""Configuration of the stages that train with TRL (torch-free).
 
-Those of grpo and rloo are in ``train/online_config.py``.
+Those of grpo and rloo are in ``train/online_config.py``, that of merge in ``train/merge_config.py``.
 
 What TRL or transformers already name is not named again: it goes into ``trainer:`` under TRL's own field
 names and is checked against TRL's dataclass (``train/trainer_args.py``) before a weight is loaded.
@@ -167,23 +167,4 @@ class CpoConfig(TrainingStageConfig):
         {},
         description="Fields of trl.experimental.cpo.CPOConfig. Defaults that differ from TRL's: "
         "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
-    )
-
-
-class MergeConfig(StageConfig):
-    """Fold a LoRA adapter into its base model and prove that the result computes the same."""
-
-    model: ModelRef = Field(
-        description="The adapter: the run directory of a training stage, or a PEFT directory."
-    )
-    data: DatasetRef | None = Field(
-        None,
-        description="Dialogues to compare the logits on (any kind; the first rows of its eval split). "
-        "null: token ids that span the vocabulary.",
-    )
-    dtype: Dtype = Field(
-        "float32", description="Type the merged weights are saved in; the merge itself is float32."
-    )
-    tolerance: float = Field(
-        1e-4, gt=0, description="Largest allowed |logit(adapter) - logit(merged)|, both in float32."
     )
