@@ -23,7 +23,10 @@ from tests.integration.conftest import PEFT, file_names, load_adapter, read_rows
 from tests.integration.test_resume import assert_same_run, cut_back
 from train import finish, reward_model
 from train.adapters import INITIAL
+from train.concatenate import saved_parameters
 from train.peft_setup import check_learned
+from train.preflight import trained as preflight
+from train.preflight.models import Size
 from train.reward_scores import score_dialogues
 
 STAGES = ["sft", "pretrain", "dpo", "kto", "orpo", "cpo", "grpo", "rloo"]
@@ -86,6 +89,12 @@ def trained(monkeypatch, run_stage, inputs, tmp_path):
         seen["trainer"] = trainer
         save(trainer, *arguments, **options)
 
+    def watched_disk(config: Any, size: Size, *arguments: Any) -> Any:
+        seen["size"] = size
+        return check_disk(config, size, *arguments)
+
+    check_disk = preflight.check_disk
+    monkeypatch.setattr(preflight, "check_disk", watched_disk)
     monkeypatch.setattr(finish, "fit", watched_fit)
     monkeypatch.setattr(finish, "save_model", watched_save)
 
@@ -115,6 +124,11 @@ def test_starts_from_an_adapter(kind, start, trained, sft_run, tiny_model_dir):
     assert (run.before - given).abs().max() < 1e-5 < 1e-2 < change(given, tiny_model_dir)
     assert (saved - run.trained).abs().max() < 1e-5
     assert (saved - given).abs().max() > 1e-3
+    if kind != "pretrain":  # it has no preflight
+        assert saved_parameters(run.run_dir / "model") == run.size.trained + run.size.added
+        assert run.size.reference == (
+            run.size.trained if start == "continue" and kind in WITH_REFERENCE else 0
+        )
     if kind in WITH_REFERENCE:
         assert torch.equal(run.reference_before, run.before)
         assert torch.equal(run.reference_after, run.reference_before)
@@ -176,6 +190,9 @@ def test_what_took_something_out_of_the_base_is_saved_as_lora_on_the_base(
     assert (run.before - base).abs().max() < 1e-4
     assert (logits(load_causal_lm(run.run_dir / "model")) - run.trained).abs().max() < 1e-4
     assert (run.trained - base).abs().max() > 1e-2
+    assert (
+        saved_parameters(run.run_dir / "model") == run.size.trained + run.size.added == 2 * run.size.trained
+    )
     saved = saved_config(run.run_dir)
     assert (saved["r"], saved["init_lora_weights"]) == (8, True)
     assert saved["base_model_name_or_path"] == str(tiny_model_dir.resolve())
