@@ -40,7 +40,7 @@ class Findings:
     example: list[Piece] = field(default_factory=list)
 
     def fail(self, where: str, message: str, remedy: str, *, here: bool = False) -> None:
-        """Add a problem, unless it is there already (of both splits of a data set, say). here: see `Problem`."""
+        """Add a problem, unless it is there already (of both splits, say). here: see `Problem`."""
         problem = Problem(where, message, remedy, here)
         if problem not in self.problems:
             self.problems.append(problem)

@@ -166,9 +166,10 @@ STAGES: dict[str, StageSpec] = {
         ),
         _spec(
             "merge",
-            "train.config:MergeConfig",
+            "train.merge_config:MergeConfig",
             "train.merge:run",
-            "Merge an adapter into full weights.",
+            "Merge adapters into full weights.",
+            version=2,
             outline=_OUTLINE,
         ),
         _spec(

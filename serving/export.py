@@ -31,10 +31,11 @@ from posttrain.environment import package_versions
 from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer, hash_file
 from posttrain.models import is_adapter, load_causal_lm, load_tokenizer
-from posttrain.rundir import atomic_write_json, atomic_write_text
+from posttrain.portable import make_portable, rewrite_json
+from posttrain.rundir import atomic_write_json
 from serving.config import ExportConfig
 from serving.contract import render_config
-from serving.portable import make_readable, portable_config, portable_tokenizer_config, without_added_tokens
+from serving.portable import make_readable, without_added_tokens
 
 MANIFEST = "export.json"
 REPOSITORY = "model_repository"
@@ -58,7 +59,8 @@ def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
         weights.mkdir(parents=True)
         model.save_pretrained(weights)
         tokenizer.save_pretrained(weights)
-        make_portable(weights, tokenizer)
+        make_portable(weights, tokenizer.chat_template)
+        check_prompt_tokens(weights, tokenizer)
         write_json(version_dir / "model.json", engine_arguments(config, max_model_len))
         limits = {
             "max_prompt_characters": str(config.max_prompt_characters),
@@ -123,13 +125,8 @@ def engine_arguments(config: ExportConfig, max_model_len: int) -> dict[str, Any]
     }
 
 
-def make_portable(weights: Path, tokenizer: Any) -> None:
-    """Rewrite the JSON files that older containers cannot read; check that a prompt gets no extra token."""
-    rewrite_json(weights / "config.json", portable_config)
-    rewrite_json(
-        weights / "tokenizer_config.json",
-        lambda settings: portable_tokenizer_config(settings, tokenizer.chat_template),
-    )
+def check_prompt_tokens(weights: Path, tokenizer: Any) -> None:
+    """Make sure that the server adds no token to a rendered prompt."""
     probe = tokenizer.apply_chat_template(
         [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
     )
@@ -149,13 +146,6 @@ def make_portable(weights: Path, tokenizer: Any) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON with a final newline."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def rewrite_json(path: Path, change: Any) -> None:
-    """Replace a JSON file by `change` of its content."""
-    atomic_write_text(
-        path, json.dumps(change(json.loads(path.read_text("utf-8"))), indent=2, ensure_ascii=False) + "\n"
-    )
 
 
 def describe_files(repository: Path) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Configuration of the stages that train with TRL, and of merge (torch-free).
+"""Configuration of the stages that train with TRL (torch-free).
 
-Those of grpo and rloo are in ``train/online_config.py``.
+Those of grpo and rloo are in ``train/online_config.py``, that of merge in ``train/merge_config.py``.
 
 What TRL or transformers already name is not named again: it goes into ``trainer:`` under TRL's own field
 names and is checked against TRL's dataclass (``train/trainer_args.py``) before a weight is loaded.
@@ -8,59 +8,57 @@ names and is checked against TRL's dataclass (``train/trainer_args.py``) before 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from posttrain.config import DatasetRef, ModelRef, StageConfig, StrictModel
+from posttrain.config import DatasetRef, ModelRef, StageConfig
+from train.peft_config import AdapterSettings, QuantizationSettings
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class PeftSettings(StrictModel):
-    """LoRA, under the field names of peft's LoraConfig.
-
-    ``init_lora_weights`` takes only the initialisations that leave the base weights alone: after pissa,
-    olora, loftq and the like the saved adapter no longer fits the base model it names.
-    """
-
-    r: int = Field(16, ge=1, description="Rank of the update.")
-    lora_alpha: int = Field(32, ge=1, description="Scale: the update is multiplied by lora_alpha / r.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the input of the update.")
-    target_modules: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description="Adapted modules: names, or all-linear for every linear layer but the head."
-    )
-    exclude_modules: list[str] | None = Field(None, description="Modules to leave out of target_modules.")
-    modules_to_save: list[str] | None = Field(
-        None,
-        description="Modules trained in full and saved with the adapter; reward models always add score.",
-    )
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases are trained.")
-    use_rslora: bool = Field(False, description="Rank-stabilised scale lora_alpha / sqrt(r).")
-    use_dora: bool = Field(False, description="Weight-decomposed update (DoRA).")
-    init_lora_weights: Literal[True, "gaussian"] = Field(
-        True, description="true: A Kaiming-uniform, B zero; gaussian: A normal, B zero."
-    )
-    layers_to_transform: list[int] | None = Field(
-        None, description="Indices of the layers to adapt; all if null."
-    )
-    rank_pattern: dict[str, int] = Field({}, description="Module name pattern -> rank, where it is not r.")
-    alpha_pattern: dict[str, int] = Field(
-        {}, description="Module name pattern -> alpha, where it is not lora_alpha."
-    )
 
 
 class TrainingStageConfig(StageConfig):
     """What the stages that train a model with TRL have in common."""
 
     model: ModelRef = Field(description="Model to start from: a run directory, a local path or a Hub id.")
-    peft: PeftSettings | None = Field(PeftSettings(), description="LoRA settings; null trains every weight.")
+    peft: AdapterSettings | None = Field(
+        AdapterSettings(), description="LoRA settings; null trains every weight."
+    )
+    quantization: QuantizationSettings | None = Field(
+        None,
+        description="Hold the frozen base in 4 or 8 bits while the adapter is trained (QLoRA); needs `peft` "
+        "and bitsandbytes. What is saved is an adapter of the model as it is on disk, unquantised.",
+    )
     dtype: Dtype = Field("float32", description="Type the weights are loaded in.")
     trainer: dict[str, Any] = Field({}, description="Fields of the TRL configuration of the stage.")
     attn_implementation: str | None = Field(
         None,
         description="Attention code: eager, sdpa, flash_attention_2, ...; null lets transformers choose.",
     )
+
+    @model_validator(mode="after")
+    def _quantised_base_is_frozen(self) -> Self:
+        if self.quantization is None:
+            return self
+        name = self.quantization.name
+        if self.peft is None:
+            raise ValueError(
+                f"quantization is {name} and peft is null: quantised weights cannot be trained. Set peft, or "
+                "remove quantization"
+            )
+        if self.peft.changes_base:
+            raise ValueError(
+                f"quantization is {name} and peft.init_lora_weights is {self.peft.init_lora_weights}: what "
+                "is left of the base would be quantised anew and fit no model on disk. Leave one out"
+            )
+        if self.peft.start == "stack":
+            raise ValueError(
+                f"quantization is {name} and peft.start is stack: folding the adapter into quantised "
+                "weights would round it away. Merge it first (stage: merge) and use start: new, or use "
+                "start: continue"
+            )
+        return self
 
 
 class PretrainConfig(TrainingStageConfig):
@@ -104,6 +102,21 @@ class RewardConfig(TrainingStageConfig):
         description="Fields of trl.RewardConfig. Defaults that differ from TRL's: "
         "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
     )
+
+    @model_validator(mode="after")
+    def _one_head(self) -> Self:
+        start = "new" if self.peft is None else self.peft.start
+        if start == "stack":
+            raise ValueError(
+                "peft.start: stack would need two score heads in one. Use peft.start: continue to train a "
+                "reward adapter further, or merge the adapter first (stage: merge) and use start: new"
+            )
+        if start == "continue" and self.folds:
+            raise ValueError(
+                f"folds is {self.folds} and peft.start is continue: the adapter may have been trained on the "
+                "very rows that a fold holds out, and its accuracy on them would mean nothing. Remove one"
+            )
+        return self
 
 
 class DpoConfig(TrainingStageConfig):
@@ -155,23 +168,4 @@ class CpoConfig(TrainingStageConfig):
         {},
         description="Fields of trl.experimental.cpo.CPOConfig. Defaults that differ from TRL's: "
         "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
-    )
-
-
-class MergeConfig(StageConfig):
-    """Fold a LoRA adapter into its base model and prove that the result computes the same."""
-
-    model: ModelRef = Field(
-        description="The adapter: the run directory of a training stage, or a PEFT directory."
-    )
-    data: DatasetRef | None = Field(
-        None,
-        description="Dialogues to compare the logits on (any kind; the first rows of its eval split). "
-        "null: token ids that span the vocabulary.",
-    )
-    dtype: Dtype = Field(
-        "float32", description="Type the merged weights are saved in; the merge itself is float32."
-    )
-    tolerance: float = Field(
-        1e-4, gt=0, description="Largest allowed |logit(adapter) - logit(merged)|, both in float32."
     )

@@ -1,146 +1,179 @@
-"""Merge: fold a LoRA adapter into its base model, and prove that the result computes the same.
+"""Folding a LoRA adapter, or several, into the base model, with proof that the result computes the same.
 
     posttrain merge model=runs/tiny/sft --output runs/merged
 
-The sum W + (alpha / r) B A is made in float32, whatever the type it is saved in. Three checks stand between
-the merge and ``model/``: the logits of adapter and merged model differ by at most ``tolerance``; the merged
-weights differ from the base; and the directory, read back, holds exactly the merged weights (rounded to
-``dtype``). Works for causal language models and for reward models, whose head and calibration are carried
-over.
+The sum W + (alpha / r) B A is made in float32, whatever the type it is saved in. Before ``model/`` is
+written: the logits of adapter and merged model differ by at most ``tolerance``, and their greedy answers are
+the same; the merged weights differ from the base; and the directory, read back, holds exactly the merged
+weights (rounded to ``dtype``). How far rounding moves the logits is a metric. Works for causal language
+models and for reward models, whose head and calibration are carried over. Configuration files are written so
+that transformers 4 reads them too.
+
+Several adapters of one base (``adapters:``) are combined by peft's add_weighted_adapter; the comparison is
+then between the combined adapter and the merged weights.
 """
 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from peft import PeftModel, TaskType
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data_prep.dataset import read_split
-from posttrain.errors import PosttrainError, UserError
-from posttrain.models import is_adapter, load_tokenizer
+from posttrain.models import load_tokenizer
+from posttrain.portable import make_portable
 from posttrain.stage import StageContext
-from train.config import MergeConfig
-from train.peft_setup import quiet_libraries, torch_dtype
+from train.adapters import torch_dtype
+from train.merge_checks import (
+    Answer,
+    Samples,
+    check_greedy,
+    check_merge,
+    check_saved,
+    compare_greedy,
+    greedy,
+    largest_gap,
+    logits_of,
+    read_samples,
+)
+from train.merge_config import MergeConfig
+from train.merge_load import Adapted, load_adapted
+from train.peft_setup import quiet_libraries
 
 CALIBRATION_FILE = "reward_calibration.json"
-SAMPLES = 16
 
 
 def run(config: MergeConfig, context: StageContext) -> dict[str, Any]:
     """Merge and write ``model/``.
 
     Raises:
-        UserError: `model` is not an adapter, or its base model is gone.
+        UserError: an input is not an adapter, its base model is gone, or adapters cannot be combined.
         PosttrainError: the merged model is not the adapted one.
     """
     quiet_libraries()
-    source = context.path("model")
+    paths = [context.path(field) for field in config.refs]
+    say_what_was_quantised(config, context)
     with context.phase("load"):
-        adapted, loader = load_adapted(source, config.model)
-        tokenizer = load_tokenizer(source)
-        samples = sample_ids(config, context, tokenizer, adapted.config.get_text_config())
+        adapted = load_adapted(paths, config)
+        tokenizer = load_tokenizer(paths[0])
+        samples = read_samples(config, context, tokenizer, adapted.model.config.get_text_config())
+    comparison = Comparison(config, samples, tokenizer, adapted)
+    if config.output == "adapter":
+        return facts(config, context) | save_adapter(context, adapted, tokenizer, comparison)
     with context.phase("merge"):
-        expected = [_logits(adapted, ids_1T) for ids_1T in samples]
-        with adapted.disable_adapter():
-            untouched = [_logits(adapted, ids_1T) for ids_1T in samples]
-        merged = adapted.merge_and_unload(safe_merge=True)
-        actual = [_logits(merged, ids_1T) for ids_1T in samples]
-    difference, change = largest_gap(actual, expected), largest_gap(actual, untouched)
-    check_merge(difference, change, config.tolerance)
-
+        merged: Any = adapted.model.merge_and_unload(safe_merge=True, adapter_names=[adapted.name])
+        metrics = comparison.of(merged)
     merged.to(torch_dtype(config.dtype))
     set_special_tokens(merged, tokenizer)
     with context.phase("save"), context.staging("model") as folder:
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        if (source / CALIBRATION_FILE).exists():
-            shutil.copyfile(source / CALIBRATION_FILE, folder / CALIBRATION_FILE)
-        check_saved(folder, merged, loader)
-    return {
-        "max_logit_difference": difference,
-        "tolerance": config.tolerance,
-        "compared_tokens": sum(ids_1T.shape[1] for ids_1T in samples),
-        "max_logit_change_from_base": change,
-        "dtype": config.dtype,
-    }
+        make_portable(folder, str(tokenizer.chat_template))
+        if (paths[0] / CALIBRATION_FILE).exists():
+            shutil.copyfile(paths[0] / CALIBRATION_FILE, folder / CALIBRATION_FILE)
+        saved = adapted.loader.from_pretrained(folder, dtype=merged.dtype).eval()
+        check_saved(saved, merged)
+        metrics |= comparison.as_saved(saved)
+    return facts(config, context) | metrics | {"dtype": config.dtype}
 
 
-def load_adapted(path: Path, ref: str) -> tuple[PeftModel, Any]:
-    """The base model in float32 under its adapter, in evaluation mode, and the class that loads such a model.
+class Comparison:
+    """What the adapter computes, taken before it is merged, and comparisons with it."""
+
+    def __init__(
+        self, config: MergeConfig, samples: Samples, tokenizer: PreTrainedTokenizerBase, adapted: Adapted
+    ):
+        self._config, self._samples, self._tokenizer = config, samples, tokenizer
+        writes = adapted.model.peft_config[adapted.name].task_type == TaskType.CAUSAL_LM
+        self._length = config.greedy_tokens if writes else 0
+        self._logits = logits_of(adapted.model, samples.texts)
+        self._answers = self._greedy(adapted.model)
+        with adapted.model.disable_adapter():
+            self._base = logits_of(adapted.model, samples.texts)
+
+    def of(self, merged: Any) -> dict[str, Any]:
+        """Metrics of the comparison. Raises PosttrainError where the two are not the same model."""
+        logits = logits_of(merged, self._samples.texts)
+        difference, change = largest_gap(logits, self._logits), largest_gap(logits, self._base)
+        check_merge(difference, change, self._config.tolerance)
+        agreement = compare_greedy(
+            self._answers, self._greedy(merged), self._config.tolerance, self._tokenizer
+        )
+        check_greedy(agreement)
+        metrics = {
+            "max_logit_difference": difference,
+            "tolerance": self._config.tolerance,
+            "compared_tokens": sum(ids_1T.shape[1] for ids_1T in self._samples.texts),
+            "max_logit_change_from_base": change,
+        }
+        if self._length:
+            metrics |= {
+                "greedy_prompts": len(self._answers),
+                "greedy_tokens": agreement.tokens,
+                "greedy_mismatches": agreement.mismatches,
+                "greedy_ties": agreement.ties,
+            }
+        return metrics
+
+    def as_saved(self, saved: Any) -> dict[str, Any]:
+        """The same of the model in the type it was saved in, where rounding decides; nothing is refused."""
+        difference = largest_gap(logits_of(saved, self._samples.texts), self._logits)
+        metrics: dict[str, Any] = {"max_logit_difference_as_saved": difference}
+        if self._length:
+            agreement = compare_greedy(self._answers, self._greedy(saved), 0.0, self._tokenizer)
+            metrics["greedy_mismatches_as_saved"] = agreement.mismatches
+        return metrics
+
+    def _greedy(self, model: Any) -> list[Answer]:
+        return greedy(model, self._samples.prompts, self._length, self._tokenizer)
+
+
+def save_adapter(
+    context: StageContext, adapted: Adapted, tokenizer: PreTrainedTokenizerBase, comparison: Comparison
+) -> dict[str, Any]:
+    """Write the combined adapter as ``model/`` and compare it, read back onto its base.
 
     Raises:
-        UserError: `path` is not a PEFT directory, or the base model it names does not exist.
+        PosttrainError: it is not the adapter in memory.
     """
-    if not is_adapter(path):
-        raise UserError(
-            f"model: {ref} has no adapter_config.json: it is a full model already, there is nothing to merge"
-        )
-    settings = PeftConfig.from_pretrained(str(path))
-    base = settings.base_model_name_or_path
-    if Path(base).is_absolute() and not Path(base).is_dir():
-        raise UserError(
-            f"model: the adapter {path} belongs to the base model {base}, which is not there any more. Put "
-            "it back, or correct base_model_name_or_path in adapter_config.json."
-        )
-    classifier = settings.task_type == TaskType.SEQ_CLS
-    loader: Any = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    options = {"num_labels": 1} if classifier else {}
-    model = loader.from_pretrained(base, dtype=torch.float32, **options)
-    return PeftModel.from_pretrained(model, path).eval(), loader
+    with context.phase("save"), context.staging("model") as folder:
+        adapted.model.save_pretrained(str(folder), selected_adapters=[adapted.name])
+        for file in (folder / adapted.name).iterdir():
+            file.rename(folder / file.name)
+        (folder / adapted.name).rmdir()
+        (folder / "README.md").unlink(missing_ok=True)
+        tokenizer.save_pretrained(folder)
+        base = adapted.loader.from_pretrained(adapted.base, dtype=torch.float32, **adapted.options)
+        metrics = comparison.of(PeftModel.from_pretrained(base, folder).eval())
+    settings = vars(adapted.model.peft_config[adapted.name])
+    return metrics | {"adapter_rank": settings["r"], "dtype": "float32"}
 
 
-def sample_ids(
-    config: MergeConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, model_config: Any
-) -> list[torch.Tensor]:
-    """Token ids to compare on, each (1, T): dialogues of `data`, else ids that span the vocabulary."""
-    longest = min(256, model_config.max_position_embeddings)
-    if config.data is None:
-        generator = torch.Generator().manual_seed(0)
-        order = torch.randperm(model_config.vocab_size, generator=generator)[: SAMPLES * longest]
-        return [chunk[None] for chunk in order.split(longest)]
-    rows = read_split(context.path("data"), "eval", None)
-    texts = [_text(rows[index], tokenizer) for index in range(min(SAMPLES, len(rows)))]
-    encoded = tokenizer(texts, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
-    return [torch.tensor([ids]) for ids in encoded]
+def facts(config: MergeConfig, context: StageContext) -> dict[str, Any]:
+    """What the metrics say besides comparisons: how adapters were combined, and what they were trained on."""
+    found: dict[str, Any] = {}
+    if config.adapters is not None:
+        found |= {"adapters": len(config.adapters), "method": config.method or "cat"}
+    quantised = sorted(set(quantised_inputs(config, context).values()))
+    return found | ({"trained_on": ", ".join(quantised)} if quantised else {})
 
 
-def _text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> str:
-    if "text" in row:
-        return row["text"]
-    messages = row["messages"] if "messages" in row else row["prompt"] + row.get("chosen", [])
-    return str(tokenizer.apply_chat_template(messages, tokenize=False))
+def quantised_inputs(config: MergeConfig, context: StageContext) -> dict[str, str]:
+    """Adapters that were trained on a quantised base -> how it was quantised, by their runs' manifests."""
+    runs = {ref: context.inputs[field].manifest for field, ref in config.refs.items()}
+    kinds = {ref: (manifest or {}).get("metrics", {}).get("quantization") for ref, manifest in runs.items()}
+    return {ref: kind for ref, kind in kinds.items() if kind}
 
 
-@torch.no_grad()
-def _logits(model: torch.nn.Module, ids_1T: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), use_cache=False).logits.float()
-
-
-def largest_gap(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
-    """The largest absolute difference between two lists of tensors of the same shapes."""
-    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
-
-
-def check_merge(difference: float, change: float, tolerance: float) -> None:
-    """Raise PosttrainError when the merge altered the function, or altered nothing."""
-    if not difference <= tolerance:
-        raise PosttrainError(
-            f"merged logits differ from the adapter's by {difference:.3g}, more than "
-            f"tolerance={tolerance:.3g}. Nothing was written. Large differences come from tied weights or "
-            "modules_to_save; small ones from rounding, for which the tolerance may be raised."
-        )
-    if change == 0:
-        raise PosttrainError(
-            "the merged model computes what the base model computes: the adapter does nothing"
+def say_what_was_quantised(config: MergeConfig, context: StageContext) -> None:
+    """One line for each adapter that was trained on something else than what it is merged into."""
+    for ref, kind in quantised_inputs(config, context).items():
+        context.console.print(
+            f"merge: {ref} was trained on a base in {kind}; it goes into the unquantised base, which is not "
+            "quite the model it was trained on: evaluate the result",
+            highlight=False,
         )
 
 
@@ -155,13 +188,3 @@ def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
         others = [stop for stop in stops if stop != tokenizer.eos_token_id]
         generation.eos_token_id = [tokenizer.eos_token_id, *others] if others else tokenizer.eos_token_id
-
-
-def check_saved(folder: Path, merged: PreTrainedModel, loader: Any) -> None:
-    """Raise PosttrainError unless the directory loads to exactly the weights in memory."""
-    saved = loader.from_pretrained(folder, dtype=merged.dtype).state_dict()
-    wrong = [name for name, value in merged.state_dict().items() if not torch.equal(value, saved[name])]
-    if wrong:
-        raise PosttrainError(
-            f"{folder}: {len(wrong)} tensors read back differ from the merged ones: {wrong[:3]}"
-        )

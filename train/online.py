@@ -10,7 +10,7 @@ TRL's GRPOTrainer and RLOOTrainer: several answers per prompt, each measured aga
 - The rewards are the ppo stage's: reward models, Python functions, penalties, with their weights.
 - Prompts are shuffled once, with the stage's seed. TRL's sampler draws a new order in every pass but keeps no
   record of it in a checkpoint, so that a run resumed in a later pass would see other prompts.
-- With LoRA the reference is the adapter switched off, so the model must be a merged one.
+- The reference is the model given, or the adapter given; see ``train/adapters.py``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from peft import TaskType
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import GRPOTrainer, RLOOTrainer
 
 from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
+from train.adapters import load_policy, refuse_adapter
 from train.finish import train_and_save
 from train.online_config import GrpoConfig, OnlineConfig, RlooConfig
-from train.peft_setup import load_policy, lora_config, quiet_libraries, refuse_adapter
+from train.peft_setup import quiet_libraries
 from train.ppo.config import MissingEos
 from train.ppo.reward_mix import Rewards, build_rewards
 from train.ppo.reward_sources import RewardBatch, load_reward_models
@@ -54,10 +54,11 @@ def run(config: GrpoConfig | RlooConfig, context: StageContext) -> dict[str, Any
     quiet_libraries()
     name, trainer_class = TRAINERS[type(config)]
     path = context.path("model")
-    refuse_adapter(path, config.model)
+    if config.peft is None:
+        refuse_adapter(path, config.model)
     tokenizer = load_tokenizer(path)
-    model = load_policy(path, config)
-    end_with(model, tokenizer)
+    start = load_policy(path, config, context.checkpoints)
+    end_with(start.model, tokenizer)
     args = build_args(config, context.checkpoints, shuffle_dataset=False)
 
     with context.phase("tokenize"):
@@ -68,21 +69,21 @@ def run(config: GrpoConfig | RlooConfig, context: StageContext) -> dict[str, Any
         rows = concatenate_datasets([split.rows for split in splits])
         train_rows, *eval_rows = numbered(splits, config.seed)
     with context.phase("load"):
-        rewards = load_rewards(config, context, model, tokenizer, rows, args)
+        rewards = load_rewards(config, context, start.model.config, tokenizer, rows, args)
 
     trainer = trainer_class(
-        model=model,
+        model=start.model,
         reward_funcs=reward_function(rewards, ids, config.missing_eos, tokenizer.eos_token_id),
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows[0] if eval_rows else None,
         processing_class=tokenizer,
-        peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
+        peft_config=start.lora,
     )
     counts = {"prompts": len(splits[0].ids), "prompts_dropped": splits[0].dropped}
     period = generation_period(args)
     return counts | train_and_save(
-        trainer, tokenizer, context, name, tokens_in_state=True, stop_period=period
+        trainer, start, tokenizer, context, name, tokens_in_state=True, stop_period=period
     )
 
 
@@ -104,7 +105,7 @@ def numbered(splits: Sequence[Prompts], seed: int) -> list[Dataset]:
 def load_rewards(
     config: OnlineConfig,
     context: StageContext,
-    model: PreTrainedModel,
+    model: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     args: Any,
@@ -114,7 +115,7 @@ def load_rewards(
         "max_prompt_tokens": config.max_prompt_tokens,
         "trainer.max_completion_length": args.max_completion_length,
     }
-    check_positions("model", model.config, lengths)
+    check_positions("model", model, lengths)
     fields = [] if config.reward is None else ["reward"]
     members = [] if config.rewards.ensemble is None else config.rewards.ensemble.models
     fields += [f"rewards.ensemble.models.{index}" for index in range(len(members))]

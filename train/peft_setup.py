@@ -1,34 +1,28 @@
-"""Loading a model to train, wrapping it in LoRA, saving it, and checking that what was saved was learned.
+"""Around training: quiet libraries, the longest row, what was learned, and saving a model or an adapter.
 
-An adapter is only ever trained on a plain model directory: the saved adapter names that directory as its
-base, so it must exist and hold exactly the weights the adapter was trained on. Training from an adapter
-directory therefore needs the merge stage first (or ``peft: null``, which trains and saves all weights).
+The saved adapter names a model directory as its base, so it must fit exactly the weights there; see
+``train/adapters.py`` for what a stage starts from.
 """
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-)
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Trainer
 from transformers.utils import logging as transformers_logging
 
 from posttrain.errors import PosttrainError, UserError
-from posttrain.models import is_adapter, load_causal_lm
-from train.config import PeftSettings, TrainingStageConfig
+from posttrain.models import is_adapter
+from train.concatenate import ADAPTER_FILE, Part, save_concatenated
 
-ADAPTER_FILE = "adapter_model.safetensors"
+REFERENCE = "ref"
+"""What TRL calls the frozen copy of an adapter that it compares with, and where it saves it."""
 
 
 def quiet_libraries() -> None:
@@ -39,51 +33,6 @@ def quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def lora_config(settings: PeftSettings | None, task: TaskType) -> LoraConfig | None:
-    """peft's LoraConfig for a task; for SEQ_CLS the head ``score`` is always trained and saved."""
-    if settings is None:
-        return None
-    values = settings.model_dump()
-    if task == TaskType.SEQ_CLS:
-        values["modules_to_save"] = sorted({*(settings.modules_to_save or []), "score"})
-    return LoraConfig(task_type=task, **values)
-
-
-def refuse_adapter(path: Path, ref: str) -> None:
-    """Raise UserError when `path` is an adapter directory, which no adapter or head can be built on."""
-    if is_adapter(path):
-        raise UserError(
-            f"model: {ref} is a LoRA adapter. What is trained on top of it would name a base model that "
-            "exists nowhere. Merge it first (stage: merge, model: that run) and start from the merged "
-            "model."
-        )
-
-
-def load_policy(path: Path, config: TrainingStageConfig) -> PreTrainedModel:
-    """The causal language model to train, in training precision; an adapter directory is merged in memory.
-
-    Raises:
-        UserError: see `refuse_adapter`.
-    """
-    if config.peft is not None:
-        refuse_adapter(path, config.model)
-    if is_adapter(path):
-        return load_causal_lm(path, dtype=config.dtype).requires_grad_(True)
-    options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    return AutoModelForCausalLM.from_pretrained(path.resolve(), dtype=torch_dtype(config.dtype), **options)
-
-
-def load_reference(path: Path, config: TrainingStageConfig) -> PreTrainedModel | None:
-    """The frozen second copy that a loss with a reference needs; None where there is one without it.
-
-    With LoRA the reference is the model with the adapter switched off; with
-    ``trainer.precompute_ref_log_probs`` its log-probabilities are computed once, before the first step.
-    """
-    if config.peft is not None or config.trainer.get("precompute_ref_log_probs", False):
-        return None
-    return load_policy(path, config)
 
 
 def length_limit(config: PreTrainedConfig, asked: int | None, default: int = 1024) -> int:
@@ -126,11 +75,21 @@ def check_learned(trainer: Trainer, before: dict[str, torch.Tensor]) -> Any:
     heads = [name for name in same if "modules_to_save" in name or name.startswith("score.")]
     if heads:
         raise PosttrainError(f"training did not change {', '.join(heads)}: no gradient has reached the head")
+    magnitudes = [name for name in before if "lora_magnitude_vector" in name]
+    if magnitudes and set(magnitudes) <= set(same):
+        raise PosttrainError(
+            f"training changed none of {len(magnitudes)} magnitude vectors of DoRA: is their type too coarse "
+            "for the learning rate?"
+        )
     return model
 
 
-def save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, others: Sequence[Part] = ()
+) -> None:
     """Write the model or adapter, the tokenizer and its chat template; check an adapter by reading it back.
+
+    others: adapters whose sum with the trained one is what fits the base model on disk.
 
     Raises:
         PosttrainError: see `check_adapter`.
@@ -139,13 +98,16 @@ def save_model(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Pat
     tokenizer.save_pretrained(folder)
     for leftover in ("training_args.bin", "README.md"):
         (folder / leftover).unlink(missing_ok=True)
-    if is_adapter(folder):
-        model: Any = trainer.model
-        whole = model.peft_config["default"].modules_to_save or []
-        names = [name for name, _ in model.named_modules()]
-        check_adapter(
-            folder, [module for module in whole if any(name.endswith(f".{module}") for name in names)]
-        )
+    if not is_adapter(folder):
+        return
+    if (folder / REFERENCE).is_dir():
+        shutil.rmtree(folder / REFERENCE)
+    if others:
+        save_concatenated(folder, others)
+    model: Any = trainer.model
+    whole = model.peft_config["default"].modules_to_save or []
+    names = [name for name, _ in model.named_modules()]
+    check_adapter(folder, [module for module in whole if any(name.endswith(f".{module}") for name in names)])
 
 
 def check_adapter(folder: Path, whole: Sequence[str]) -> None:
@@ -172,8 +134,3 @@ def check_adapter(folder: Path, whole: Sequence[str]) -> None:
             raise PosttrainError(
                 f"{folder / ADAPTER_FILE}: module `{module}` was trained but is not in the file"
             )
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a configuration's ``dtype``."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

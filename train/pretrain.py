@@ -12,17 +12,17 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from peft import TaskType
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from data_prep.dataset import Split, read_split
 from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
+from train.adapters import load_policy
 from train.config import PretrainConfig
 from train.encode import encode_texts, windows_of
 from train.finish import train_and_save
-from train.peft_setup import length_limit, load_policy, lora_config, quiet_libraries
+from train.peft_setup import length_limit, quiet_libraries
 from train.trainer_args import build_args
 
 
@@ -36,22 +36,22 @@ def run(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
     quiet_libraries()
     path = context.path("model")
     tokenizer = load_tokenizer(path)
-    model = load_policy(path, config)
+    start = load_policy(path, config, context.checkpoints)
 
     with context.phase("tokenize"):
-        max_length = length_limit(model.config, config.trainer.get("max_length"))
+        max_length = length_limit(start.model.config, config.trainer.get("max_length"))
         train_rows, counts = load_windows(context, "train", tokenizer, max_length)
         eval_rows, _ = load_windows(context, "eval", tokenizer, max_length)
 
     trainer = SFTTrainer(
-        model=model,
+        model=start.model,
         args=build_args(config, context.checkpoints, max_length=max_length),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
+        peft_config=start.lora,
     )
-    return counts | train_and_save(trainer, tokenizer, context, "pretrain")
+    return counts | train_and_save(trainer, start, tokenizer, context, "pretrain")
 
 
 def load_windows(

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import TaskType
-
 from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
+from train.adapters import load_policy
 from train.config import CpoConfig, OrpoConfig
 from train.finish import train_and_save
 from train.pairs import load_pairs
-from train.peft_setup import length_limit, load_policy, lora_config, quiet_libraries
+from train.peft_setup import length_limit, quiet_libraries
 from train.trainer_args import build_args, experimental
 
 
@@ -32,19 +31,19 @@ def run(config: OrpoConfig | CpoConfig, context: StageContext) -> dict[str, Any]
     name = "orpo" if isinstance(config, OrpoConfig) else "cpo"
     path = context.path("model")
     tokenizer = load_tokenizer(path)
-    model = load_policy(path, config)
+    start = load_policy(path, config, context.checkpoints)
 
     with context.phase("tokenize"):
-        max_length = length_limit(model.config, config.trainer.get("max_length"))
+        max_length = length_limit(start.model.config, config.trainer.get("max_length"))
         train_rows, counts = load_pairs(context, "train", tokenizer, max_length)
         eval_rows, _ = load_pairs(context, "eval", tokenizer, max_length)
 
     trainer = experimental(name, f"{name.upper()}Trainer")(
-        model=model,
+        model=start.model,
         args=build_args(config, context.checkpoints, max_length=max_length, remove_unused_columns=False),
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
+        peft_config=start.lora,
     )
-    return counts | train_and_save(trainer, tokenizer, context, name)
+    return counts | train_and_save(trainer, start, tokenizer, context, name)

@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 import random
 import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,24 +34,18 @@ from trl import RewardTrainer
 
 from data_prep.dataset import Split, read_split
 from posttrain.errors import DataError, RequeueError
-from posttrain.models import load_tokenizer
+from posttrain.hashing import adapter_base
+from posttrain.models import is_adapter, load_tokenizer
 from posttrain.preemption import PreemptionFlag
 from posttrain.rundir import atomic_write_json
 from posttrain.stage import StageContext
+from train.adapters import Start, adapt, check_start, load_base, refuse_adapter
 from train.callbacks import fit
 from train.checkpoints import discard_incomplete, last_complete_checkpoint
 from train.config import RewardConfig
 from train.encode import encode_pairs, encode_whole
-from train.peft_setup import (
-    check_learned,
-    length_limit,
-    lora_config,
-    quiet_libraries,
-    refuse_adapter,
-    save_model,
-    snapshot,
-    torch_dtype,
-)
+from train.finish import make_ready
+from train.peft_setup import check_learned, length_limit, quiet_libraries, save_model, snapshot
 from train.reward_folds import cross_validate
 from train.reward_scores import Pair, pair_accuracy, score_dialogues, score_pairs
 from train.stopping import StopCallback, train_from
@@ -69,9 +65,9 @@ def run(config: RewardConfig, context: StageContext) -> dict[str, Any]:
     """
     quiet_libraries()
     tokenizer = load_tokenizer(context.path("model"))
-    model = load_classifier(config, context, tokenizer)
+    start = load_classifier(config, context, tokenizer, context.checkpoints)
     with context.phase("tokenize"):
-        max_length = length_limit(model.config, config.trainer.get("max_length"))
+        max_length = length_limit(start.model.config, config.trainer.get("max_length"))
         rows, pairs, counts = load_pairs(context, "train", tokenizer, max_length)
         _, eval_pairs, _ = load_pairs(context, "eval", tokenizer, max_length)
 
@@ -82,7 +78,7 @@ def run(config: RewardConfig, context: StageContext) -> dict[str, Any]:
             folds = cross_validate(context, config.folds, config.seed, rows, pairs, fold)
 
     args = build_args(config, context.checkpoints, max_length=max_length)
-    trainer = make_trainer(config, model, tokenizer, args, pairs, eval_pairs)
+    trainer = make_trainer(start, tokenizer, args, pairs, eval_pairs)
     before = snapshot(trainer)
     with context.phase("train"):
         metrics = fit(trainer, context, "reward")
@@ -93,32 +89,34 @@ def run(config: RewardConfig, context: StageContext) -> dict[str, Any]:
     with context.phase("evaluate"):
         held_out = pair_accuracy(*score_pairs(trained, calibration, eval_pairs))
     with context.phase("save"), context.staging("model") as folder:
-        save_model(trainer, tokenizer, folder)
+        save_model(trainer, tokenizer, folder, start.others)
         atomic_write_json(folder / CALIBRATION_FILE, calibration)
     exact = {f"eval_{name}": value for name, value in held_out.items()}
-    return counts | folds | metrics | exact | calibration
+    return counts | folds | metrics | exact | calibration | start.facts
 
 
 def load_classifier(
-    config: RewardConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
-    """The model with one output and a fresh head drawn from N(0, 1/sqrt(d+1)) with the stage's seed.
+    config: RewardConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase, checkpoints: Path
+) -> Start:
+    """The model with one output and a fresh head drawn from N(0, 1/sqrt(d+1)) with the stage's seed, or the
+    reward adapter that ``peft.start: continue`` goes on with, its head included.
 
     Raises:
-        UserError: the model is an adapter directory.
+        UserError: see `check_start`; an adapter directory where every weight is trained.
     """
-    path = context.path("model").resolve()
-    refuse_adapter(path, config.model)
-    options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, num_labels=1, dtype=torch_dtype(config.dtype), **options
-    )
+    path = context.path("model")
+    if config.peft is None:
+        refuse_adapter(path, config.model)
+    else:
+        check_start(path, config, TaskType.SEQ_CLS)
+    source = adapter_base(path) if is_adapter(path) else path
+    model = load_base(AutoModelForSequenceClassification, source, config, num_labels=1)
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     generator = torch.Generator().manual_seed(config.seed)
-    head = model.score.weight.data
-    spread = 1 / math.sqrt(head.shape[1] + 1)
-    head.copy_(torch.normal(0.0, spread, head.shape, generator=generator))
-    return model
+    head: Any = model.score
+    spread = 1 / math.sqrt(head.weight.shape[1] + 1)
+    head.weight.data.copy_(torch.normal(0.0, spread, head.weight.shape, generator=generator))
+    return Start(model) if config.peft is None else adapt(model, path, config, TaskType.SEQ_CLS, checkpoints)
 
 
 def load_pairs(
@@ -139,8 +137,7 @@ def load_pairs(
 
 
 def make_trainer(
-    config: RewardConfig,
-    model: PreTrainedModel,
+    start: Start,
     tokenizer: PreTrainedTokenizerBase,
     args: Any,
     pairs: Sequence[Pair],
@@ -149,14 +146,16 @@ def make_trainer(
     """TRL's trainer on token ids; the task type is SEQ_CLS, so that the head is trained and saved."""
     chosen = _as_dataset(pairs)
     held_out = _as_dataset(eval_pairs) if eval_pairs else None
-    return RewardTrainer(
-        model=model,
+    trainer = RewardTrainer(
+        model=start.model,
         args=args,
         train_dataset=chosen,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=lora_config(config.peft, TaskType.SEQ_CLS),
+        peft_config=start.lora,
     )
+    make_ready(trainer, start)
+    return trainer
 
 
 def _as_dataset(pairs: Sequence[Pair]) -> Dataset:
@@ -194,8 +193,9 @@ def train_fold(
     args = build_args(config, folder)
     args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     args.load_best_model_at_end = False
-    model = load_classifier(config, context, tokenizer)
-    trainer = make_trainer(config, model, tokenizer, args, seen, None)
+    with tempfile.TemporaryDirectory() as initial:
+        start = load_classifier(config, context, tokenizer, Path(initial))
+    trainer = make_trainer(start, tokenizer, args, seen, None)
     trainer.remove_callback(PrinterCallback)
     before = snapshot(trainer)
     discard_incomplete(folder)

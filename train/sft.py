@@ -13,17 +13,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft import TaskType
 from trl import SFTTrainer
 
 from data_prep.dataset import Split, read_split
 from posttrain.errors import DataError
 from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
+from train.adapters import load_policy
 from train.config import SftConfig
 from train.encode import IGNORED, encode_conversations
 from train.finish import train_and_save
-from train.peft_setup import length_limit, load_policy, lora_config, quiet_libraries
+from train.peft_setup import length_limit, quiet_libraries
 from train.trainer_args import build_args
 
 
@@ -37,10 +37,10 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     quiet_libraries()
     path = context.path("model")
     tokenizer = load_tokenizer(path)
-    model = load_policy(path, config)
+    start = load_policy(path, config, context.checkpoints)
 
     with context.phase("tokenize"):
-        max_length = length_limit(model.config, config.trainer.get("max_length"))
+        max_length = length_limit(start.model.config, config.trainer.get("max_length"))
         assistant_only = config.trainer.get("assistant_only_loss", True)
         train_rows, train_counts = load_rows(context, "train", tokenizer, assistant_only, max_length)
         eval_rows, _ = load_rows(context, "eval", tokenizer, assistant_only, max_length)
@@ -49,14 +49,14 @@ def run(config: SftConfig, context: StageContext) -> dict[str, Any]:
     args.max_length = max_length
     args.assistant_only_loss = False  # the labels are already in the rows
     trainer = SFTTrainer(
-        model=model,
+        model=start.model,
         args=args,
         train_dataset=train_rows,
         eval_dataset=eval_rows,
         processing_class=tokenizer,
-        peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
+        peft_config=start.lora,
     )
-    return train_counts | train_and_save(trainer, tokenizer, context, "sft")
+    return train_counts | train_and_save(trainer, start, tokenizer, context, "sft")
 
 
 def load_rows(

@@ -36,6 +36,10 @@ GRPO_VALUES = {
 }
 
 
+OWN_GROUPS = ("galore_", "apollo_", "lomo", "adalomo")
+"""Beginnings of trainer.optim that cannot be given the parameter groups of LoRA+."""
+
+
 def contradictions(config: TrainingStageConfig, where: str) -> list[Problem]:
     """The problems of ``config.trainer``; where: its path, ``run.yaml: stages.sft.trainer``."""
     block, stage = config.trainer, where.removesuffix(".trainer")
@@ -60,7 +64,7 @@ def contradictions(config: TrainingStageConfig, where: str) -> list[Problem]:
         found += _online(config)
     with_reference = isinstance(config, (DpoConfig, KtoConfig, OnlineConfig))
     if with_reference and block.get("sync_ref_model") and config.peft is not None:
-        message = "with LoRA the reference is the base model itself"
+        message = "with LoRA the reference is no model of its own that could follow"
         found.append(("sync_ref_model", message, "set `peft: null`"))
     return [Problem(f"{where}.{name}", message, remedy) for name, message, remedy in found] + [
         Problem(f"{stage}.peft.{name}", message, remedy) for name, message, remedy in _peft(config)
@@ -154,12 +158,28 @@ def _peft(config: TrainingStageConfig) -> list[Rule]:
     if isinstance(config, (DpoConfig, KtoConfig, OnlineConfig)) and config.peft.bias != "none":
         message = "trained biases are part of the base, which is also the reference, and it would move along"
         found.append(("bias", message, "leave it none, or set `peft: null`"))
+    found += _loraplus(config)
     dropout_off = isinstance(config, (KtoConfig, OrpoConfig, CpoConfig, OnlineConfig)) and (
         config.trainer.get("disable_dropout", True)
     )
     if dropout_off and config.peft.lora_dropout:
         message = "TRL switches dropout off in this trainer, that of the adapter too"
         found.append(("lora_dropout", message, "remove it, or set trainer.disable_dropout: false"))
+    return found
+
+
+def _loraplus(config: TrainingStageConfig) -> list[Rule]:
+    if config.peft is None or config.peft.loraplus_lr_ratio is None:
+        return []
+    found = []
+    optimizer = str(config.trainer.get("optim", ""))
+    if optimizer.startswith(OWN_GROUPS):
+        message = f"trainer.optim {optimizer} makes parameter groups or updates of its own, without LoRA+'s"
+        found.append(("loraplus_lr_ratio", message, "use an AdamW (adamw_torch_fused, ...), or remove it"))
+    for field in ("deepspeed", "fsdp"):
+        if config.trainer.get(field):
+            message = f"trainer.{field} makes the optimizer itself, without LoRA+'s groups"
+            found.append(("loraplus_lr_ratio", message, f"remove it or trainer.{field}"))
     return found
 
 

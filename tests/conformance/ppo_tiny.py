@@ -18,7 +18,7 @@ from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
-from train.peft_setup import lora_config
+from train.adapters import lora_config
 from train.ppo.advantages import summed_by
 from train.ppo.batches import TokenBatch
 from train.ppo.config import PpoStageConfig

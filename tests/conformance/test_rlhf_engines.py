@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from posttrain.errors import PosttrainError, UserError
-from train.config import PeftSettings
-from train.peft_setup import lora_config
+from train.adapters import lora_config
+from train.peft_config import PeftSettings
 from train.ppo.engines.base import Samples, SamplingParams
 from train.ppo.engines.build import build_engine
 from train.ppo.engines.config import ContinuousSettings, RolloutConfig

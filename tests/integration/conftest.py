@@ -24,7 +24,7 @@ CONFIGS = {
     "cpo": "train.config:CpoConfig",
     "grpo": "train.online_config:GrpoConfig",
     "rloo": "train.online_config:RlooConfig",
-    "merge": "train.config:MergeConfig",
+    "merge": "train.merge_config:MergeConfig",
 }
 TRAINER = {
     "max_steps": 6,

@@ -70,7 +70,7 @@ def test_precomputed_reference_gives_the_same_training(
 
 
 def test_refuses_an_adapter_as_the_model(run_stage, tmp_path, sft_run, preference_data):
-    with pytest.raises(UserError, match=r"LoRA adapter.*stage: merge"):
+    with pytest.raises(UserError, match=r"(?s)LoRA adapter.*stage: merge"):
         run_stage("dpo", tmp_path / "run", model=sft_run, data=preference_data)
 
 

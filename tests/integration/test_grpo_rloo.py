@@ -222,7 +222,7 @@ def test_refuses_an_adapter_as_the_model(
     run_stage, tmp_path, sft_run, tiny_reward_dir, prompt_data: Path, peft
 ):
     fields = {"model": sft_run, "reward": tiny_reward_dir, "data": prompt_data, "peft": peft}
-    with pytest.raises(UserError, match=r"LoRA adapter.*stage: merge"):
+    with pytest.raises(UserError, match=r"(?s)LoRA adapter.*stage: merge"):
         run_stage("grpo", tmp_path / "run", trainer=TRAINER, **fields)
 
 

@@ -110,5 +110,5 @@ def test_full_training_has_a_frozen_copy_as_reference(
 
 
 def test_refuses_an_adapter_as_the_model(run_stage, tmp_path, sft_run, preference_data):
-    with pytest.raises(UserError, match=r"LoRA adapter.*stage: merge"):
+    with pytest.raises(UserError, match=r"(?s)LoRA adapter.*stage: merge"):
         run_stage("kto", tmp_path / "run", model=sft_run, data=preference_data)

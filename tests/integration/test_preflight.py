@@ -50,7 +50,7 @@ def test_architecture_without_a_classifier(refused, tiny_model_dir, tmp_path, pr
 
 
 def test_an_adapter_on_an_adapter(refused, untrained_adapter_dir, conversation_data):
-    said = (f"{untrained_adapter_dir} is a LoRA adapter", "run the merge stage on it first")
+    said = (f"{untrained_adapter_dir} is a LoRA adapter", "stage: merge")
     refused("sft", "model", *said, model=untrained_adapter_dir, data=conversation_data)
 
 

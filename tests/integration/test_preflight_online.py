@@ -36,7 +36,7 @@ def test_reward_model_as_the_policy(online_refused, tiny_reward_dir):
 
 
 def test_adapter_as_the_policy(online_refused, untrained_adapter_dir):
-    online_refused("rloo", "model", "is a LoRA adapter", "run the merge stage", model=untrained_adapter_dir)
+    online_refused("rloo", "model", "is a LoRA adapter", "stage: merge", model=untrained_adapter_dir)
 
 
 def test_sequences_longer_than_the_models_positions(online_refused):

@@ -10,11 +10,12 @@ import pytest
 from pydantic import ValidationError
 
 from posttrain.errors import UserError
+from posttrain.portable import portable_config, portable_tokenizer_config
 from serving.config import ExportConfig, ServeConfig, check_export, check_serve
 from serving.contract import INPUTS, OUTPUTS, render_config
 from serving.embedded import EmbeddedServer, find_environment
 from serving.export import context_length, engine_arguments
-from serving.portable import portable_config, portable_tokenizer_config, without_added_tokens
+from serving.portable import without_added_tokens
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/b", "", "a b", "-first", "x" * 65, "dotted.name"])

@@ -10,11 +10,11 @@ import pytest
 from pydantic import ValidationError
 
 from train.config import (
+    AdapterSettings,
     CpoConfig,
     DpoConfig,
     KtoConfig,
     OrpoConfig,
-    PeftSettings,
     PretrainConfig,
     RewardConfig,
     SftConfig,
@@ -173,7 +173,7 @@ def test_what_the_dataclass_itself_raises_is_a_problem(kind, block):
 
 
 def test_an_adapter_on_the_head_is_refused():
-    settings = PeftSettings(target_modules=["q_proj", "lm_head"])
+    settings = AdapterSettings(target_modules=["q_proj", "lm_head"])
     assert only(check(make("dpo", peft=settings), "w")).where == "w.peft.target_modules"
     assert check(make("reward", peft=settings), "w") == []
 
@@ -202,14 +202,50 @@ def test_what_group_training_sets_itself_is_refused_too(kind, name):
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo", "rloo"])
 def test_trained_biases_would_move_the_reference(kind):
-    problem = only(check(make(kind, peft=PeftSettings(bias="all")), "w"))
+    problem = only(check(make(kind, peft=AdapterSettings(bias="all")), "w"))
     assert problem.where == "w.peft.bias" and "reference" in problem.message
-    assert check(make("sft", peft=PeftSettings(bias="all")), "w") == []
+    assert check(make("sft", peft=AdapterSettings(bias="all")), "w") == []
+
+
+@pytest.mark.parametrize("block", [{"optim": "galore_adamw"}, {"optim": "lomo"}, {"fsdp": "full_shard"}])
+def test_optimizers_without_the_groups_of_loraplus(block):
+    if block.get("optim") == "galore_adamw":
+        block = block | {"optim_target_modules": ["mlp"]}
+    found = check(make("sft", block, peft=AdapterSettings(loraplus_lr_ratio=16.0)), "w")
+    assert "w.peft.loraplus_lr_ratio" in {problem.where for problem in found}
+    assert check(make("sft", {"optim": "sgd"}, peft=AdapterSettings(loraplus_lr_ratio=16.0)), "w") == []
+
+
+PISSA = {"init_lora_weights": "pissa"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("sft", {"peft": PISSA | {"use_dora": True}}, "DoRA's magnitudes"),
+        ("sft", {"peft": PISSA | {"start": "continue"}}, "goes on from the adapter's weights"),
+        ("sft", {"peft": {"init_lora_weights": "pissa_niter_0"}}, "pissa_niter_"),
+        ("sft", {"peft": {"loraplus_lr_ratio": 0.5}}, "greater than or equal to 1"),
+        ("dpo", {"peft": {"start": "stack", "modules_to_save": ["lm_head"]}}, "not for modules_to_save"),
+        ("dpo", {"peft": {"start": "stack", "bias": "all"}}, "not for bias"),
+        ("reward", {"peft": {"start": "stack"}}, "two score heads"),
+        ("reward", {"peft": {"start": "continue"}, "folds": 3}, "would mean nothing"),
+        ("sft", {"quantization": {"load_in_4bit": True}, "peft": None}, "cannot be trained"),
+        ("sft", {"quantization": {"load_in_4bit": True}, "peft": PISSA}, "quantised anew"),
+        ("dpo", {"quantization": {"load_in_8bit": True}, "peft": {"start": "stack"}}, "round it away"),
+        ("sft", {"quantization": {}}, "neither is set"),
+        ("sft", {"quantization": {"load_in_4bit": True, "load_in_8bit": True}}, "both are set"),
+        ("sft", {"quantization": {"load_in_8bit": True, "bnb_4bit_quant_type": "fp4"}}, "no effect"),
+    ],
+)
+def test_settings_of_adapters_that_contradict_each_other(kind, fields, said):
+    with pytest.raises(ValidationError, match=said):
+        make(kind, **fields)
 
 
 @pytest.mark.parametrize("kind", ["kto", "orpo", "cpo", "grpo", "rloo"])
 def test_dropout_of_an_adapter_is_not_dropped_in_silence(kind):
-    settings = PeftSettings(lora_dropout=0.1)
+    settings = AdapterSettings(lora_dropout=0.1)
     assert only(check(make(kind, peft=settings), "w")).where == "w.peft.lora_dropout"
     assert check(make(kind, {"disable_dropout": False}, peft=settings), "w") == []
 

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from posttrain.config import DatasetRef, ForeignModelRef, ModelRef, StageConfig, StrictModel
 from posttrain.errors import Problem, UserError
-from train.config import PeftSettings
+from train.peft_config import PeftSettings
 from train.ppo.engines.config import RolloutConfig
 from train.ppo.reporting import check_reporters
 from train.ppo.reward_config import RewardsConfig, check_functions

@@ -35,7 +35,7 @@ from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer
 from posttrain.inputs import download, resolve
 from posttrain.models import is_adapter, load_chat_tokenizer
-from train.config import PeftSettings
+from train.peft_config import PeftSettings
 from train.peft_setup import quiet_libraries
 from train.ppo.batches import TokenBatch
 from train.ppo.config import PpoStageConfig

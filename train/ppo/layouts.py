@@ -23,8 +23,8 @@ from posttrain.models import (
     load_reward_model,
     read_calibration,
 )
-from train.config import PeftSettings
-from train.peft_setup import lora_config
+from train.adapters import lora_config
+from train.peft_config import PeftSettings
 from train.ppo.config import PpoStageConfig
 from train.ppo.networks import (
     POLICY_ADAPTER,

@@ -39,8 +39,8 @@ def disk_room(config: TrainingStageConfig | PpoStageConfig, size: Size, rows: in
     """Bytes that checkpoints and model take at most, and in words what takes them."""
     dtype = "float32" if isinstance(config, PpoStageConfig) else config.dtype
     count = checkpoints(config, rows)
-    one = size.trained * (WEIGHT + ADAM)
-    model = size.total * _BYTES[dtype] if size.whole else size.trained * WEIGHT
+    one = size.trained * (WEIGHT + ADAM) + size.reference * WEIGHT
+    model = size.total * _BYTES[dtype] if size.whole else (size.trained + size.added) * WEIGHT
     what = (
         f"{count} checkpoints of {gigabytes(one)} ({size.trained:,} trained parameters x {WEIGHT + ADAM} "
         f"bytes) and the model of {gigabytes(model)}"

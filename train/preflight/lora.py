@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from posttrain.preflight import Findings
-from train.config import PeftSettings
+from train.peft_config import PeftSettings
 from train.preflight.models import Size, measure
 
 _ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention, Conv1D)

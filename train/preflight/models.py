@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import TaskType, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -21,8 +21,9 @@ from transformers import (
 from posttrain.errors import UserError
 from posttrain.models import adapter_base, is_adapter
 from posttrain.preflight import Findings
-from train.config import PeftSettings
-from train.peft_setup import length_limit, lora_config
+from train.adapters import lora_config
+from train.peft_config import PeftSettings
+from train.peft_setup import length_limit
 
 
 def read_config(path: Path, field: str, findings: Findings) -> PreTrainedConfig | None:
@@ -79,15 +80,23 @@ def skeleton(config: PreTrainedConfig, task: TaskType, field: str, findings: Fin
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters of a training run: those that are trained, and all. whole: the model is saved in full."""
+    """Parameters of a training run: those that are trained, and all. whole: the model is saved in full.
+
+    added: those of the saved adapter that were not trained. reference: those of a frozen copy of the adapter,
+    which every checkpoint holds.
+    """
 
     trained: int
     total: int
     whole: bool
+    added: int = 0
+    reference: int = 0
 
 
-def measure(model: nn.Module, peft: PeftSettings | None, task: TaskType) -> Size:
+def measure(model: nn.Module, peft: PeftSettings | LoraConfig | None, task: TaskType) -> Size:
     """What training this skeleton trains. LoRA is put into it; peft's warnings are left to the stage.
+
+    peft: settings, or the configuration of an adapter that is trained further.
 
     Raises ValueError where peft refuses to.
     """
@@ -96,7 +105,10 @@ def measure(model: nn.Module, peft: PeftSettings | None, task: TaskType) -> Size
         return Size(total, total, True)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = get_peft_model(model, lora_config(peft, task))  # type: ignore[arg-type]
+        lora = peft if isinstance(peft, LoraConfig) else lora_config(peft, task)
+        # Only counted: what it starts from is the stage's doing.
+        counted = replace(lora, init_lora_weights=True, inference_mode=False)  # type: ignore[type-var]
+        adapted = get_peft_model(model, counted)  # type: ignore[arg-type]
     return Size(sum(p.numel() for p in adapted.parameters() if p.requires_grad), total, False)
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from peft import TaskType
+from peft import LoraConfig, PeftConfig, TaskType
+from torch import nn
 
 from posttrain.errors import UserError
-from posttrain.models import is_adapter
 from posttrain.preflight import Findings
+from train.adapters import check_start, has_reference, refuse_adapter
+from train.concatenate import saved_parameters
 from train.config import TrainingStageConfig
 from train.online_config import OnlineConfig
-from train.peft_setup import refuse_adapter
 from train.preflight.disk import check_disk
 from train.preflight.lora import check_lora
 from train.preflight.machine import check_precision, check_processes, this_device
-from train.preflight.models import measure, read_config, skeleton
+from train.preflight.models import Size, measure, read_config, skeleton
 from train.preflight.rows import Sample
+from train.quantized import require_bitsandbytes
 
 
 def check_trained(
@@ -41,12 +44,11 @@ def check_trained(
     if "model" not in paths:
         return
     path = paths["model"]
-    merges = config.peft is None and task == TaskType.CAUSAL_LM and not isinstance(config, OnlineConfig)
-    if is_adapter(path) and not merges:
-        try:
-            refuse_adapter(path, config.model)
-        except UserError as error:
-            findings.fail("model", str(error).removeprefix("model: "), "run the merge stage on it first")
+    try:
+        _check_start(config, task, path)
+    except UserError as error:
+        field, _, message = str(error).partition(": ")
+        findings.fail_with(field, UserError(message))
         return
     model_config = read_config(path, "model", findings)
     if model_config is None:
@@ -54,8 +56,39 @@ def check_trained(
     model = skeleton(model_config, task, "model", findings)
     if model is None:
         return
-    size = (
-        measure(model, None, task) if config.peft is None else check_lora(config.peft, model, task, findings)
-    )
+    size = _size(config, task, path, model, findings)
     if size is not None:
         findings.add(check_disk(config, size, rows, run_dir))
+
+
+def _check_start(config: TrainingStageConfig, task: TaskType, path: Path) -> None:
+    """Raise UserError for a model that the stage cannot start from, or cannot hold as it is asked to."""
+    if config.peft is not None:
+        check_start(path, config, task)
+    elif task == TaskType.SEQ_CLS or isinstance(config, OnlineConfig):
+        refuse_adapter(path, config.model)
+    if config.quantization is not None:
+        require_bitsandbytes(config.quantization)
+
+
+def _size(
+    config: TrainingStageConfig, task: TaskType, path: Path, model: nn.Module, findings: Findings
+) -> Size | None:
+    """What is trained and what is saved; None, with problems, where peft does not fit the model."""
+    if config.peft is None:
+        return measure(model, None, task)
+    if config.peft.start == "continue":
+        given = PeftConfig.from_pretrained(str(path))
+        assert isinstance(given, LoraConfig)
+        size: Size | None = measure(model, given, task)
+    else:
+        size = check_lora(config.peft, model, task, findings)
+    if size is None:
+        return None
+    copied = has_reference(config) and (config.peft.start == "continue" or config.peft.changes_base)
+    added = size.trained if config.peft.changes_base else 0
+    if config.peft.start == "stack":
+        added += saved_parameters(path)
+    if config.peft.start != "new" and has_reference(config):
+        findings.notes.append(f"the reference is the adapter {config.model} as it is now")
+    return replace(size, added=added, reference=size.trained if copied else 0)
