@@ -23,6 +23,8 @@ from posttrain.registry import load, stage_spec
 from posttrain.stage_file import StageBlock
 
 IN_OUTLINE = "only its architecture was looked at, not its tokenizer and weights"
+FIRST_ADAPTER = "adapters.0.model"
+"""Of a merge of several, which all have one base."""
 MACHINE = "number formats, processes, memory and disk are those of the machine that runs it"
 
 
@@ -103,9 +105,9 @@ def outline_inputs(
 def _made(
     block: StageBlock, inputs: Mapping[str, ResolvedInput], outlines: Mapping[str, Outline]
 ) -> dict[str, Outline]:
-    """The outline of what a stage makes from its `model`, by the stage's name."""
-    source = outlines.get("model")
-    found = inputs.get("model")
+    """The outline of what a stage makes from its `model`, or its first adapter, by the stage's name."""
+    source = outlines.get("model", outlines.get(FIRST_ADAPTER))
+    found = inputs.get("model", inputs.get(FIRST_ADAPTER))
     if source is None and found is not None and found.path is not None:
         source = _present(found.ref, found.path)
     if source is None:

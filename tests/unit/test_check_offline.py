@@ -108,6 +108,34 @@ def test_an_adapter_that_is_not_merged(check, stage):
     refused(outcome, f"{stage}.model", "will be a LoRA adapter", "put a merge stage between them")
 
 
+@pytest.mark.parametrize("start", ["continue", "stack"])
+def test_training_goes_on_from_an_adapter_that_is_still_to_be_made(check, start):
+    settings = {"model": "${stage:sft}", "peft": {"start": start}}
+    sft = {"peft": {"r": 4, "init_lora_weights": "pissa"}}
+    code, report = check("--offline", sft=sft, dpo=settings)
+    assert (code, report["problems"]) == (0, [])
+    rank_4, rank_16 = "2,199,552 trained", "8,798,208 trained"
+    assert (rank_4 if start == "continue" else rank_16) in " ".join(report["notes"]["dpo"])
+
+
+@pytest.mark.parametrize("start", ["continue", "stack"])
+def test_a_full_model_where_an_adapter_is_to_go_on(check, start):
+    outcome = check("--offline", dpo={"peft": {"start": start}})
+    refused(outcome, "dpo.peft.start", f"{start} needs an adapter", "remove it")
+
+
+def merging(*references: str, **more: Any) -> dict[str, Any]:
+    return {"model": None, "adapters": [{"model": reference} for reference in references], **more}
+
+
+def test_what_several_adapters_are_merged_into_is_followed(check):
+    code, report = check("--offline", sft_merged=merging("${stage:sft}", "${stage:sft}"))
+    assert (code, report["problems"]) == (0, [])
+    assert "Qwen2ForCausalLM of 494,032,768 parameters" in " ".join(report["notes"]["dpo"])
+    outcome = check("--offline", sft_merged=merging("${stage:sft}", "Qwen/Qwen2.5-0.5B-Instruct"))
+    refused(outcome, "sft-merged.adapters.1.model", "is a full model, not an adapter")
+
+
 def test_nothing_to_merge(check):
     refused(check("--offline", sft={"peft": None}), "sft-merged.model", "nothing to merge")
 

@@ -15,8 +15,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from posttrain.errors import UserError
 from posttrain.offline import Outline
 from posttrain.preflight import Findings
-from train.config import MergeConfig, PeftSettings, RewardConfig, TrainingStageConfig
+from train.config import RewardConfig, TrainingStageConfig
+from train.merge_config import MergeConfig
 from train.online_config import OnlineConfig
+from train.peft_config import AdapterSettings, PeftSettings
 from train.peft_setup import quiet_libraries
 from train.ppo.config import PpoStageConfig
 from train.preflight.disk import disk_room, gigabytes
@@ -27,6 +29,7 @@ from train.prompts import check_positions
 
 Trained = TrainingStageConfig | PpoStageConfig
 MERGE_IT = "put a merge stage between them, and start from its model"
+OR_START = "or set peft.start to continue (train it further) or to stack (a new adapter on it)"
 
 
 def check(config: Trained | MergeConfig, outlines: Mapping[str, Outline]) -> Findings:
@@ -35,12 +38,7 @@ def check(config: Trained | MergeConfig, outlines: Mapping[str, Outline]) -> Fin
     findings = Findings()
     model = outlines.get("model")
     if isinstance(config, MergeConfig):
-        if model is not None and not is_adapter(model):
-            findings.fail(
-                "model",
-                f"{model.ref} is a full model, not an adapter: there is nothing to merge",
-                "leave this stage out and name that model where this stage is named",
-            )
+        _check_merge(config, outlines, findings)
         return findings
     if model is not None:
         _check_start(config, model, findings)
@@ -57,6 +55,8 @@ def check(config: Trained | MergeConfig, outlines: Mapping[str, Outline]) -> Fin
 def is_adapter(outline: Outline) -> bool:
     """Whether the model will be a LoRA adapter: a stage with `peft` makes it, and none has merged it."""
     settings = outline.settings
+    if isinstance(settings, MergeConfig):
+        return settings.output == "adapter"
     return isinstance(settings, (TrainingStageConfig, PpoStageConfig)) and settings.peft is not None
 
 
@@ -75,12 +75,38 @@ def _check_start(config: Trained, model: Outline, findings: Findings) -> None:
             f"{model.ref} is a reward model, which no stage trains on",
             "set model to the run of the sft or merge stage",
         )
-    elif is_adapter(model) and not isinstance(config, PpoStageConfig):
+    elif isinstance(config, PpoStageConfig):
+        return
+    elif config.peft is not None and config.peft.start != "new":
+        if not is_adapter(model):
+            findings.fail(
+                "peft.start",
+                f"{config.peft.start} needs an adapter, and {model.ref} will be a full model",
+                "remove it to train a new adapter on that model",
+            )
+    elif is_adapter(model):
         full = config.peft is None and not isinstance(config, (RewardConfig, OnlineConfig))
         if not full:
+            message = f"{model.ref} will be a LoRA adapter, which no new adapter is trained on"
+            findings.fail("model", message, f"{MERGE_IT}, {OR_START}")
+
+
+def _check_merge(config: MergeConfig, outlines: Mapping[str, Outline], findings: Findings) -> None:
+    """What is merged are adapters, of one base where there are several."""
+    given = {field: outlines[field] for field in config.refs if field in outlines}
+    for field, outline in given.items():
+        if not is_adapter(outline):
             findings.fail(
-                "model", f"{model.ref} will be a LoRA adapter, which nothing is trained on", MERGE_IT
+                field,
+                f"{outline.ref} is a full model, not an adapter: there is nothing to merge",
+                "leave this stage out and name that model where this stage is named",
             )
+    bases = {field: _base(outline) for field, outline in given.items() if is_adapter(outline)}
+    if len(set(bases.values())) > 1:
+        first, *others = bases.items()
+        field, base = next(item for item in others if item[1] != first[1])
+        message = f"{given[field].ref} will be an adapter of {base}, {given[first[0]].ref} one of {first[1]}"
+        findings.fail(field, message, "adapters that are combined need the same base model")
 
 
 def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
@@ -91,9 +117,7 @@ def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
         check_policy_length(config, model_config, findings)
     else:
         check_length(model_config, config.trainer.get("max_length"), findings)
-    name, size, found = _build(
-        outline.config, task, config.peft.model_dump_json() if config.peft is not None else None
-    )
+    name, size, found = _build(outline.config, task, _trained_adapter(config, outline))
     findings.add(found)
     if size is None:
         return
@@ -104,6 +128,22 @@ def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
         f"model: {name} of {size.total:,} parameters, {size.trained:,} trained; "
         f"{what} take {gigabytes(room)} of disk"
     )
+
+
+def _trained_adapter(config: Trained, outline: Outline) -> str | None:
+    """The LoRA settings of what is trained, as JSON; with start: continue those of the stage that made it."""
+    settings: PeftSettings | None = config.peft
+    source: Outline | None = outline
+    while isinstance(settings, AdapterSettings) and settings.start == "continue" and source is not None:
+        made_by = source.settings
+        settings = made_by.peft if isinstance(made_by, (TrainingStageConfig, PpoStageConfig)) else None
+        source = source.source
+    if settings is None:
+        return None
+    return PeftSettings.model_validate(
+        {name: value for name, value in dict(settings).items() if name in PeftSettings.model_fields}
+        | ({"init_lora_weights": True} if isinstance(settings, AdapterSettings) else {})
+    ).model_dump_json()
 
 
 @lru_cache(maxsize=32)
@@ -168,4 +208,6 @@ def _check_sharing(config: PpoStageConfig, outlines: Mapping[str, Outline], find
 
 def _base(outline: Outline) -> str:
     """The full model under an adapter, or the model itself, as the configuration names it."""
-    return outline.source.ref if is_adapter(outline) and outline.source is not None else outline.ref
+    while is_adapter(outline) and outline.source is not None:
+        outline = outline.source
+    return outline.ref

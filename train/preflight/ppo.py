@@ -28,7 +28,7 @@ from train.preflight.rows import MAX_LOST, Sample, all_alike, judge, read_sample
 from train.preflight.tokens import doubled_bos, pieces, read_model, rendering
 from train.preflight.trained import check_trained
 from train.prompts import check_positions
-from train.trainer_args import arguments_class
+from train.trainer_args import arguments_class, build_args
 
 _GENERATION = ("generation_batch_size", "steps_per_generation", "per_device_train_batch_size")
 MAX_PROMPTS_DROPPED = 0.5
