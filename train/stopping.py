@@ -120,8 +120,8 @@ def load_means(trainer: Any, checkpoint: Path) -> list[float]:
     """Put back what `save_means` wrote, if it did; returns the tokens seen by then, [] where not counted."""
     if not (checkpoint / MEANS_FILE).exists():
         return []
-    state = torch.load(checkpoint / MEANS_FILE, map_location=trainer.args.device, weights_only=True)
-    trainer._tr_loss += state["loss"]
+    state = torch.load(checkpoint / MEANS_FILE, map_location="cpu", weights_only=True)
+    trainer._tr_loss += state["loss"].to(trainer.args.device)
     trainer._globalstep_last_logged = state["last_logged"]
     _sums(trainer).update(state["sums"])
     tokens: list[float] = state["tokens"]

@@ -25,7 +25,7 @@ PEFT = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 GROUPS = {
     "learning_rate": 1e-2,
     "max_steps": 8,
-    "logging_steps": 3,
+    "logging_steps": 5,
     "save_steps": 4,
     "num_train_epochs": 9,
     "per_device_train_batch_size": 32,
