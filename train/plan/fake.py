@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 from trl.kernels import chunked_logprob
 
-from posttrain.errors import PosttrainError
+from posttrain.errors import PosttrainError, UserError
 from posttrain.preflight import Findings
 from train.config import PeftSettings
 from train.peft_setup import lora_config
@@ -44,12 +44,20 @@ def build(
     return model.to(dtype)
 
 
-def adapt(model: nn.Module, settings: PeftSettings | None, task: TaskType) -> nn.Module:
-    """The model under LoRA; itself, all of it trained, without settings."""
+def adapt(
+    model: nn.Module, settings: PeftSettings | None, task: TaskType, *, follow: bool = False
+) -> nn.Module:
+    """The model under LoRA; itself, all of it trained, without settings. follow: adapters get the type of the
+    weights instead of float32. Raises UserError where peft refuses the settings.
+    """
     if settings is None:
         return model
-    with torch.device("meta"):
-        return get_peft_model(model, lora_config(settings, task))  # type: ignore[arg-type]
+    lora: Any = lora_config(settings, task)
+    try:
+        with torch.device("meta"):
+            return get_peft_model(model, lora, autocast_adapter_dtype=not follow)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UserError(f"peft: {str(error).splitlines()[0]}") from error
 
 
 def give_storage(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

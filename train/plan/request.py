@@ -45,7 +45,7 @@ class Request:
 
     kind: the stage's. rows, length: of a micro-batch, in sequences and tokens, pairs counting as two. padded:
     whether sequences of a batch differ in length, so that attention needs a mask. packed: they stand end to end
-    in one row. weights: type the weights are held in; autocast: type of the arithmetic, where another.
+    in one row. adapters_follow: LoRA matrices have the type of the weights, where peft would take float32. weights: type the weights are held in; autocast: type of the arithmetic, where another.
     accumulates: whether gradients of earlier micro-batches are there while the next one is computed.
     reference: whether the stage compares with a reference; with LoRA it is the model itself.
     """
@@ -63,6 +63,7 @@ class Request:
     padded: bool = True
     packed: bool = False
     accumulates: bool = False
+    adapters_follow: bool = False
     reference: bool = False
     rollout: Rollout | None = None
     rewards: tuple[RewardModel, ...] = ()
@@ -71,5 +72,5 @@ class Request:
     entropy: bool = False
 
     def with_weights(self, dtype: torch.dtype) -> Request:
-        """The same without autocast, weights in `dtype`: as sharded training computes."""
-        return replace(self, weights=dtype, autocast=None)
+        """The same without autocast, weights and adapters in `dtype`: as sharded training computes."""
+        return replace(self, weights=dtype, autocast=None, adapters_follow=True)

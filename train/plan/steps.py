@@ -46,7 +46,7 @@ class TrainedModel:
         plain: Any = build(request.config, task, request.weights, request.attention)
         if task == TaskType.CAUSAL_LM and request.kind not in ("orpo", "cpo"):
             add_fused_lm_head(plain, outputs=FUSED_OUTPUTS.get(request.kind, ("log_probs", "entropy")))
-        model = adapt(plain, request.peft, task)
+        model = adapt(plain, request.peft, task, follow=request.adapters_follow)
         give_storage(model, mode)
         model.train()
         if request.checkpointing:
