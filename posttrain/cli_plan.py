@@ -72,4 +72,5 @@ def add_plan(
                 return
             from rich.console import Console
 
-            report.print(Console())
+            console = Console()
+            report.print(console if console.is_terminal else Console(width=120))

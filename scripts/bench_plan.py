@@ -8,9 +8,10 @@ evaluation and saving included, and compares the peak with the prediction, which
 
 Measured is what torch's allocator had given out at its peak: on a GPU torch.cuda.max_memory_allocated, on the
 CPU the same number, from the memory events of torch's profiler, which sees every allocation and release of a
-tensor's storage. That is what `posttrain plan` predicts. Beside it stands the growth of the resident set of
-the process (VmHWM less VmRSS before the stage), which holds freed memory, buffers of the matrix library and
-everything that is no tensor too.
+tensor's storage on the thread it was started on (so weights are loaded on that one, not in transformers'
+pool). That is what `posttrain plan` predicts. Beside it stands the growth of the resident set of the process
+(VmHWM less VmRSS before the stage), which holds freed memory, buffers of the matrix library and everything
+that is no tensor too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ WORDS = {"short": (8, 24), "long": (60, 120)}
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration. settings: of the stage; trainer: of its TRL trainer; words: length of the answers."""
+    """One configuration. settings: of the stage; trainer: of its TRL trainer; words: length of the
+    answers.
+    """
 
     stage: str
     model: str
@@ -280,7 +283,10 @@ def main() -> None:
             result = Path(folder) / "row.json"
             arguments = ["--case", name, "--steps", str(asked.steps), "--output", str(result)]
             subprocess.run(
-                [sys.executable, __file__, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=None
+                [sys.executable, __file__, *arguments],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                env=os.environ | {"HF_DEACTIVATE_ASYNC_LOAD": "1"},
             )
             row = json.loads(result.read_text(encoding="utf-8"))
         rows.append(row)

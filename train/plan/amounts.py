@@ -1,4 +1,6 @@
-"""How much a stage computes and writes: steps, tokens, floating-point operations, hours, bytes on the disk."""
+"""How much a stage computes and writes: steps, tokens, floating-point operations, hours, bytes on the
+disk.
+"""
 
 from __future__ import annotations
 
@@ -103,8 +105,8 @@ class Work:
         return None if self.steps is None else self.steps * self.tokens_per_step
 
     def seconds(self, gpu: Gpu, mfu: float, devices: int, held: float) -> float | None:
-        """Of the whole stage, arithmetic at `mfu` of the device's rate; generation waits for the memory, which
-        is read once per token. held: bytes of weights and of a half-filled cache. None: unknown.
+        """Of the whole stage, arithmetic at `mfu` of the device's rate; generation waits for the memory,
+        which is read once per token. held: bytes of weights and of a half-filled cache. None: unknown.
         """
         if self.steps is None:
             return None

@@ -1,7 +1,7 @@
 """Models without data that compute shapes: built on the meta device, then given storages that hold nothing.
 
-`posttrain plan` never loads or allocates a weight: FakeTensorMode (PyTorch's own, torch.compile traces with it)
-answers every operation with the shape, type and storage size of its result.
+`posttrain plan` never loads or allocates a weight: FakeTensorMode (PyTorch's own, torch.compile traces with
+it) answers every operation with the shape, type and storage size of its result.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import torch
 from peft import TaskType, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels import chunked_logprob
 
-from posttrain.errors import PosttrainError, UserError
+from posttrain.errors import UserError
 from posttrain.preflight import Findings
 from train.config import PeftSettings
 from train.peft_setup import lora_config
 from train.preflight.models import skeleton
+
+UNMASKED = "posttrain_unmasked"
+"""Attention without scores or masks in memory: PyTorch's, told only that it is causal."""
 
 
 def fake_mode() -> FakeTensorMode:
@@ -33,14 +37,15 @@ def fake_mode() -> FakeTensorMode:
 def build(
     config: PreTrainedConfig, task: TaskType, dtype: torch.dtype, attention: str | None = None
 ) -> nn.Module:
-    """The modules of an architecture on the meta device, weights in `dtype`. Raises PosttrainError."""
-    config = copy.deepcopy(config)
-    if attention is not None:
-        config._attn_implementation = attention
+    """The modules of an architecture on the meta device, weights in `dtype`; attention: of its layers, else
+    the model's own. Raises UserError for an architecture without such a model.
+    """
     findings = Findings()
-    model = skeleton(config, task, "model", findings)
+    model: Any = skeleton(copy.deepcopy(config), task, "model", findings)
     if model is None:
-        raise PosttrainError(findings.problems[0].message)
+        raise UserError(findings.problems[0].message)
+    if attention is not None:
+        model.config.get_text_config()._attn_implementation = attention
     return model.to(dtype)
 
 
@@ -100,3 +105,7 @@ def tiles_in_place(wanted: bool) -> Iterator[None]:
 
 def _nothing(*_: Any, **__: Any) -> None:
     return None
+
+
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+AttentionMaskInterface.register(UNMASKED, _nothing)

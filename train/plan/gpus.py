@@ -1,10 +1,11 @@
 """What a GPU has, by its data sheet: memory, 16-bit arithmetic, memory bandwidth. And what this machine has.
 
 Rates are dense (no structured sparsity), tensor cores, 16-bit inputs with float32 accumulation; bfloat16, and
-float16 where the GPU has no bfloat16. Sources, NVIDIA: T4 data sheet (2019), V100 data sheet (2020), A10G data
-sheet (2021), A100 data sheet (2021), GA102 whitepaper (2021, RTX 3090), Ada whitepaper (2022, RTX 4090), L4 and
-L40S data sheets (2023), H100 data sheet (2023), H200 data sheet (2024), DGX B200 data sheet (2024, one of
-eight). Memory is counted as so many times 10^9 bytes; a driver shows a little more or less of it.
+float16 where the GPU has no bfloat16. Sources, NVIDIA: T4 data sheet (2019), V100 data sheet (2020), A10G
+data sheet (2021), A100 data sheet (2021), GA102 whitepaper (2021, RTX 3090), Ada whitepaper (2022, RTX
+4090), L4 and L40S data sheets (2023), H100 data sheet (2023), H200 data sheet (2024), DGX B200 data sheet
+(2024, one of eight). Memory is counted as so many times 10^9 bytes; a driver shows a little more or less of
+it.
 """
 
 from __future__ import annotations

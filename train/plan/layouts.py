@@ -1,11 +1,12 @@
 """From what one device holds in plain training to what it holds under DDP, ZeRO and FSDP2.
 
 Psi is the number of parameters, Psi_t of those that are trained, N of devices. Rajbhandari et al. 2020 (ZeRO,
-arXiv 1910.02054), section 5 and figure 1: mixed precision with Adam holds 2 Psi + 2 Psi + 12 Psi bytes (16-bit
-weights, 16-bit gradients, float32 copy and two moments); stage 1 divides the 12, stage 2 the gradients too,
-stage 3 all of it by N. Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840): optimizer states, and with stage 2 the
-gradients, live on the host. PyTorch FSDP2 keeps float32 shards of weights, gradients and moments, 16 Psi / N,
-and gathers one layer at a time in the type of the arithmetic, the next one ahead of time.
+arXiv 1910.02054), section 5 and figure 1: mixed precision with Adam holds 2 Psi + 2 Psi + 12 Psi bytes
+(16-bit weights, 16-bit gradients, float32 copy and two moments); stage 1 divides the 12, stage 2 the
+gradients too, stage 3 all of it by N. Ren et al. 2021 (ZeRO-Offload, arXiv 2101.06840): optimizer states,
+and with stage 2 the gradients, live on the host. PyTorch FSDP2 keeps float32 shards of weights, gradients
+and moments, 16 Psi / N, and gathers one layer at a time in the type of the arithmetic, the next one ahead of
+time.
 
 Activations come from a `Trace`, for 16-bit weights where the layout computes with those.
 """
@@ -26,16 +27,16 @@ LIVE = 1_000_000_000
 """Parameters that ZeRO-3 keeps gathered at most: stage3_max_live_parameters, DeepSpeed's default."""
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 """Bytes per weight of 4-bit NormalFloat with double quantisation: 4 bits, one 8-bit constant for 64 weights
-and one float32 constant for 256 of those. Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3: 0.127 bits
-per parameter beside the 4."""
+and one float32 constant for 256 of those. Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), section 3: 0.127
+bits per parameter beside the 4."""
 MASTER, MOMENTS = 4, 8
 """Bytes per trained parameter: float32 copy of a 16-bit weight, two float32 moments."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How states are spread. shards: which of weights, gradients and optimizer are divided by N. offload: what
-    lies on the host. slowdown: a rough factor on the time of a step, for ordering only; ZeRO-3 and FSDP2
+    """How states are spread. shards: which of weights, gradients and optimizer are divided by N. offload:
+    what lies on the host. slowdown: a rough factor on the time of a step, for ordering only; ZeRO-3 and FSDP2
     communicate 1.5 times what DDP does (Rajbhandari 7.2.2), offload waits for the host's Adam and PCIe.
     """
 
@@ -76,8 +77,8 @@ def find_layout(name: str) -> Layout:
 @dataclass(frozen=True)
 class Sizes:
     """Parameters of one model in numbers. linear: frozen weights of linear layers, which nf4 quantises.
-    layer: of the largest decoder layer; root: outside the layers (embeddings, head, last norm). matrix: of the
-    largest linear layer.
+    layer: of the largest decoder layer; root: outside the layers (embeddings, head, last norm). matrix: of
+    the largest linear layer.
     """
 
     trained: int
@@ -109,7 +110,9 @@ BUFFERS, COPIES = "buffers", "copies"
 
 
 def plain(trace: Trace, *, devices: int = 1, bucket_bytes: int = 0, copies: int = 0) -> Memory:
-    """Single device or DDP: as traced. bucket_bytes: DDP's own copy of the gradients, with several devices."""
+    """Single device or DDP: as traced. bucket_bytes: DDP's own copy of the gradients, with several
+    devices.
+    """
     point = max(trace.points, key=lambda p: p.gradients + p.passing)
     held = {**trace.standing, G: point.gradients, **point.others, COPIES: copies}
     return Memory(_kept(held | {BUFFERS: bucket_bytes if devices > 1 else 0}))

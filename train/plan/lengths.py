@@ -41,7 +41,8 @@ KINDS: dict[str, Kind] = (
 def read_lengths(kind: str, data: str, model: Path | None, limit: int, seed: int, *, drops: bool) -> Lengths:
     """Lengths of the rows that stage `kind` reads from `data` with the tokenizer in `model`.
 
-    limit: longest sequence. drops: whether longer rows are left out, as pairs and prompts are, instead of cut.
+    limit: longest sequence. drops: whether longer rows are left out, as pairs and prompts are, instead of
+    cut.
     """
     directory = Path(data).expanduser()
     if not (directory / "train.parquet").is_file():
@@ -68,7 +69,9 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase | None:
 
 
 def count_tokens(kind: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:
-    """Tokens of each sequence; a pair gives two, both as long as its longer side, since TRL pads them alike."""
+    """Tokens of each sequence; a pair gives two, both as long as its longer side, since TRL pads them
+    alike.
+    """
     if kind == "sft":
         return [
             len(row.input_ids) for row in label_conversations(tokenizer, _column(rows, "messages"), False)

@@ -1,8 +1,8 @@
 """From the name of a model to its architecture, whether it is there already or still has to be made.
 
-A reference is a run directory, a model directory, a Hub id whose configuration is in the local cache, or the run
-directory of an earlier stage, whose own `model` is followed until something is there: sft-merged <- sft <-
-base, and base states its architecture in its settings.
+A reference is a run directory, a model directory, a Hub id whose configuration is in the local cache, or the
+run directory of an earlier stage, whose own `model` is followed until something is there: sft-merged <- sft
+<- base, and base states its architecture in its settings.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def find_model(ref: str, stages: Stages) -> FoundModel:
     if config is None:
         raise UserError(
             f"model {ref}: is neither a model directory, nor made by a stage of this file, nor in the local "
-            "cache of the Hugging Face Hub\n    download it (hf download), or name a directory with config.json"
+            "cache of the Hugging Face Hub\n    download it (hf download), or name a directory that holds "
+            "config.json"
         )
     return FoundModel(config, None, base=ref)
 

@@ -60,7 +60,7 @@ def trace_ppo(request: Request) -> Trace:
 
 def build_networks(request: Request) -> Networks:
     """The networks on the meta device, as `make_ready` leaves them."""
-    base: Any = build(request.config, TaskType.CAUSAL_LM, request.weights, request.attention)
+    base: Any = build(request.config, TaskType.CAUSAL_LM, request.weights, request.kernel)
     lora = lora_config(request.peft, TaskType.CAUSAL_LM)
     reward = request.rewards[0] if request.rewards else None
     with torch.device("meta"):
@@ -71,7 +71,7 @@ def build_networks(request: Request) -> Networks:
         else:
             classifier: Any = None
             if reward is not None:
-                classifier = build(reward.config, TaskType.SEQ_CLS, request.weights)
+                classifier = build(reward.config, TaskType.SEQ_CLS, request.weights, request.kernel)
             networks = full_networks(base, classifier, 0.0, lora, request.value)
     networks.fuse_adapters()
     networks.fused, networks.packed = True, request.device == "cpu"

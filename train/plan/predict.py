@@ -50,13 +50,10 @@ class Choice:
 
     @property
     def words(self) -> str:
-        """ "zero2 on 4, activation checkpointing"."""
-        name = "single device" if self.devices == 1 and self.layout.name == "ddp" else self.layout.name
-        return (
-            name
-            + (f" on {self.devices}" if self.devices > 1 else "")
-            + (" with activation checkpointing" if self.checkpointing else "")
-        )
+        """In words: "zero2 x4, ckpt" is ZeRO-2 on four devices with activation checkpointing."""
+        name = "single" if self.devices == 1 and self.layout.name == "ddp" else self.layout.name
+        number = f" x{self.devices}" if self.devices > 1 else ""
+        return name + number + (", ckpt" if self.checkpointing else "")
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,8 @@ def usable(gpu: Gpu) -> float:
 def predict(
     described: Described, method: Method, gpu: Gpu, layout: Layout | None, devices: int | None
 ) -> Prediction:
-    """The cheapest way to run a stage on so many of these devices, of those asked for; where none fits, the one
-    that needs the least. devices: None tries up to eight.
+    """The cheapest way to run a stage on so many of these devices, of those asked for; where none fits, the
+    one that needs the least. devices: None tries up to eight.
     """
     parameters = count(described.request)
     rejected: list[Choice] = []

@@ -13,13 +13,13 @@ from train.plan.predict import CUDA_CONTEXT, FRAGMENTATION, RESIDENT, Choice, Pr
 from train.preflight.disk import gigabytes
 
 COLUMNS = {
-    "weights": ("weights", "quantised"),
-    "other models": ("other_models",),
-    "gradients": ("gradients",),
-    "optimizer": ("optimizer", "step"),
-    "activations": ("activations", "casts"),
-    "logits, loss": ("logits",),
-    "KV cache": ("kv_cache",),
+    "weights": ("weights",),
+    "other": ("other_models",),
+    "grads": ("gradients",),
+    "optim": ("optimizer", "step"),
+    "activ.": ("activations", "casts"),
+    "logits": ("logits",),
+    "cache": ("kv_cache",),
     "buffers": ("buffers", "copies"),
 }
 """Columns of the table, and the categories that each adds up."""
@@ -40,16 +40,16 @@ class Report:
         gpu = self.gpu
         rate = f"{gpu.flops / 1e12:,.3g} TFLOP/s {gpu.format}"
         how = "measured now" if gpu.measured else "data sheet, dense"
-        room = (
-            f"of {gigabytes(gpu.memory)} it may take {gigabytes(usable(gpu))}: less {gigabytes(CUDA_CONTEXT)} "
-            f"for the CUDA context, divided by {FRAGMENTATION} for fragmentation"
+        limits = f"of {gigabytes(gpu.memory)} it may take {gigabytes(usable(gpu))}"
+        why = (
+            f"less {gigabytes(CUDA_CONTEXT)} for the CUDA context, over {FRAGMENTATION} for fragmentation"
             if gpu.cuda
-            else f"of {gigabytes(gpu.memory)} it may take 1/{RESIDENT}, since a CPU process keeps freed memory"
+            else f"1/{RESIDENT}, since a process on a CPU keeps freed memory"
         )
         return [
-            f"{gpu.name}: {rate} ({how}) at MFU {self.mfu:g}; {room}.",
-            "Memory: bytes allocated at the worst moment of a step, the longest sequences in the batch. Hours: "
-            "arithmetic (and reading weights while generating); no evaluation, loading or communication.",
+            f"{gpu.name}: {rate} ({how}) at MFU {self.mfu:g}; {limits}: {why}.",
+            "Memory: bytes allocated at the worst moment of a step whose sequences are the longest. Hours: "
+            "arithmetic, and reading weights while generating; no evaluation, loading or communication.",
         ]
 
     def as_json(self) -> dict[str, Any]:
@@ -104,16 +104,28 @@ class Report:
         return None if seconds is None else seconds / 3600
 
     def print(self, console: Console) -> None:
-        """The table, what does not fit, and the assumptions."""
+        """The tables, what does not fit, and the assumptions."""
         console.print(self._memory_table())
+        console.print()
         console.print(self._work_table())
+        console.print()
         for prediction in self.predictions:
             for line in explain(prediction, self.gpu):
-                console.print(line, highlight=False, soft_wrap=True)
+                _say(console, line)
+        for note, names in self._notes().items():
+            _say(console, f"{', '.join(names)}: {note}")
         for name, reason in self.unplanned.items():
-            console.print(f"{name}: not planned: {reason}", highlight=False, soft_wrap=True)
+            _say(console, f"{name}: not planned: {reason}")
         for line in self.assumptions():
-            console.print(line, style="dim", highlight=False, soft_wrap=True)
+            _say(console, line, style="dim")
+
+    def _notes(self) -> dict[str, list[str]]:
+        """Each note with the stages that it is about."""
+        notes: dict[str, list[str]] = {}
+        for prediction in self.predictions:
+            for note in prediction.described.notes:
+                notes.setdefault(note, []).append(prediction.described.block.name)
+        return notes
 
     def _memory_table(self) -> Table:
         used = [
@@ -121,58 +133,59 @@ class Report:
             for column, names in COLUMNS.items()
             if any(p.choice.memory.device.get(name) for p in self.predictions for name in names)
         ]
-        table = Table(title=f"Memory of each device, {self.gpu.name}", title_justify="left")
-        for column in ("stage", "layout", *used, "total"):
-            table.add_column(column, justify="left" if column in ("stage", "layout") else "right")
+        table = _table(f"Memory of each device, {self.gpu.name}", ("stage", "layout"), (*used, "total"))
         for prediction in self.predictions:
             device = prediction.choice.memory.device
             sums = [sum(device.get(name, 0.0) for name in COLUMNS[column]) for column in used]
-            total = gigabytes(prediction.choice.memory.total) + ("" if prediction.fits else " !")
-            cells = [gigabytes(value) if value else "" for value in sums]
+            total = short(prediction.choice.memory.total) + ("" if prediction.fits else " !")
+            cells = [short(value) if value else "" for value in sums]
             table.add_row(prediction.described.block.name, prediction.choice.words, *cells, total)
         return table
 
     def _work_table(self) -> Table:
-        table = Table(title="Work", title_justify="left")
-        for column in (
-            "stage",
-            "trained",
-            "longest",
-            "steps",
-            "tokens/step",
-            "FLOPs/step",
-            "hours",
-            "checkpoint",
-            "model",
-        ):
-            table.add_column(column, justify="left" if column == "stage" else "right")
+        columns = ("longest", "tokens/step", "steps", "FLOPs/step", "hours", "checkpoint", "model")
+        table = _table("Work", ("stage", "trained"), columns)
         for prediction in self.predictions:
-            work, lengths = prediction.work, prediction.described.lengths
+            work, described = prediction.work, prediction.described
             hours, sizes = self._hours(prediction), prediction.parameters.sizes
+            bound = "" if described.lengths.measured else "<= "
             table.add_row(
-                prediction.described.block.name,
-                f"{_count(sizes.trained)} of {_count(sizes.total)}",
-                f"{'' if lengths.measured else 'up to '}{prediction.described.request.length}",
+                described.block.name,
+                f"{short(sizes.trained)} of {short(sizes.total)}",
+                f"{bound}{described.request.length:,}",
+                f"{bound}{work.tokens_per_step:,.0f}",
                 "?" if work.steps is None else f"{work.steps:,}",
-                f"{'' if lengths.measured else 'up to '}{work.tokens_per_step:,.0f}",
-                f"{work.flops_per_step:.2g}",
+                f"{work.flops_per_step:.1e}",
                 "?" if hours is None else f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}",
-                gigabytes(work.checkpoint),
-                gigabytes(work.final),
+                short(work.checkpoint),
+                short(work.final),
             )
         return table
 
 
+def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for column in left:
+        table.add_column(column, no_wrap=True)
+    for column in right:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _say(console: Console, line: str, style: str | None = None) -> None:
+    console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def explain(prediction: Prediction, gpu: Gpu) -> list[str]:
-    """Why this layout and no cheaper one, what lies on the host, and what was assumed."""
+    """Why this layout and no cheaper one, and what lies on the host."""
     name, choice = prediction.described.block.name, prediction.choice
     lines = []
     if not prediction.fits:
         tried = "" if len(prediction.cheaper) == 1 else ", the least of all that were tried,"
         lines.append(
-            f"{name}: does not fit {gpu.name}: {choice.words}{tried} needs {gigabytes(choice.memory.total)} of "
-            f"{gigabytes(usable(gpu))}; a smaller batch or shorter sequences, LoRA (--method lora, qlora) or "
-            "a larger device"
+            f"{name}: does not fit {gpu.name}: {choice.words}{tried} needs "
+            f"{gigabytes(choice.memory.total)} of {gigabytes(usable(gpu))}; take a smaller batch, shorter "
+            "sequences, --method lora or qlora, or a larger device"
         )
     elif prediction.cheaper:
         names = "; ".join(f"{c.words} {gigabytes(c.memory.total)}" for c in prediction.cheaper[-4:])
@@ -183,7 +196,6 @@ def explain(prediction: Prediction, gpu: Gpu) -> list[str]:
         )
     if choice.memory.host:
         lines.append(f"{name}: {gigabytes(choice.memory.host)} of host memory for each device")
-    lines += [f"{name}: {note}" for note in prediction.described.notes]
     return lines
 
 
@@ -198,8 +210,10 @@ def _choice(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _count(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+def short(number: float) -> str:
+    """1.23G, 12.3M, 456k: bytes or parameters in at most four signs."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
+            value = number / size
+            return f"{value:.0f}{unit}" if value >= 99.5 else f"{value:.3g}{unit}"
+    return f"{number:.0f}"

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from train.config import PeftSettings
+from train.plan.fake import UNMASKED
 
 Device = Literal["cpu", "cuda"]
 Layout = Literal["full", "shared"]
@@ -44,8 +45,9 @@ class Request:
     """One training step on one device.
 
     kind: the stage's. rows, length: of a micro-batch, in sequences and tokens, pairs counting as two. padded:
-    whether sequences of a batch differ in length, so that attention needs a mask. packed: they stand end to end
-    in one row. adapters_follow: LoRA matrices have the type of the weights, where peft would take float32. weights: type the weights are held in; autocast: type of the arithmetic, where another.
+    whether sequences of a batch differ in length, so that attention needs a mask. packed: they stand end to
+    end in one row. adapters_follow: LoRA matrices have the type of the weights, where peft would take
+    float32. weights: type the weights are held in; autocast: type of the arithmetic, where another.
     accumulates: whether gradients of earlier micro-batches are there while the next one is computed.
     reference: whether the stage compares with a reference; with LoRA it is the model itself.
     """
@@ -70,6 +72,16 @@ class Request:
     layout: Layout = "full"
     value: Literal["model", "head"] = "model"
     entropy: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """The attention to compute with. sdpa takes a mask of rows x length x length where sequences differ
+        in length, and keeps one for every layer; flash and flex attention know lengths without a mask.
+        """
+        if self.attention == "eager":
+            return "eager"
+        masked = self.attention in (None, "sdpa") and (self.padded or self.packed)
+        return "sdpa" if masked else UNMASKED
 
     def with_weights(self, dtype: torch.dtype) -> Request:
         """The same without autocast, weights and adapters in `dtype`: as sharded training computes."""

@@ -17,8 +17,8 @@ from train.ppo.engines.hf import draw
 def sample(policy: nn.Module, request: Request, tracker: MemoryTracker, cache: Callable[[], Any]) -> None:
     """The two worst moments of a rollout: reading the prompts, and the last token of the longest responses.
 
-    cache: makes an empty one of the kind that the stage fills. The copy of the weights that an engine makes is held
-    meanwhile.
+    cache: makes an empty one of the kind that the stage fills. The copy of the weights that an engine makes
+    is held meanwhile.
     """
     rollout = request.rollout
     assert rollout is not None
@@ -49,6 +49,9 @@ def read(policy: nn.Module, ids_BT: Tensor, cache: Any) -> Tensor:
 
 
 @torch.no_grad()
-def score(network: Any, tokens: int) -> None:
-    """A frozen reward model reading so many tokens at a time."""
-    network.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+def score(network: Any, tokens: int, request: Request) -> None:
+    """A frozen reward model reading the responses, at most so many tokens at a time."""
+    assert request.rollout is not None
+    rows = min(max(tokens // request.length, 1), request.rollout.rows)
+    ids_BT = torch.zeros(rows, request.length, dtype=torch.long)
+    network.base_model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)

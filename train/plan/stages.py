@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.training_args import OptimizerNames
 
 from posttrain.config import StageConfig
 from posttrain.errors import UserError
@@ -77,8 +78,9 @@ def describe(block: StageBlock, stages: Stages, device: Device, devices: int) ->
         rewards = _reward_models(config, stages, ())
         request = _online_request(request, config, args, lengths, rewards)
     notes = [*model.notes, *([lengths.note] if lengths.note else [])]
-    if "adamw" not in str(args.optim) or "8bit" in str(args.optim):
-        notes.append(f"optim {args.optim} is counted as AdamW")
+    optimizer = OptimizerNames(args.optim).value
+    if optimizer not in ("adamw_torch", "adamw_torch_fused"):
+        notes.append(f"optim {optimizer} is counted as AdamW with two float32 moments")
     return Described(block, model, lengths, request, args, tuple(notes))
 
 
@@ -192,7 +194,9 @@ def _rollout(config: PpoStageConfig, lengths: Lengths, devices: int) -> Rollout:
 
 
 def ppo_layout(config: PpoStageConfig, model: FoundModel, reward: FoundModel | None) -> Layout:
-    """The layout that ppo would choose (`train.ppo.layouts.choose_layout`), models still to be made included."""
+    """The layout that ppo would choose (`train.ppo.layouts.choose_layout`), models still to be made
+    included.
+    """
     if config.layout != "auto":
         return config.layout
     if config.peft is None or config.peft.modules_to_save:

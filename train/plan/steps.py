@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import DynamicCache
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from train.plan.fake import adapt, build, fake_mode, give_storage, tiles_in_place
+from train.plan.fake import UNMASKED, adapt, build, fake_mode, give_storage, tiles_in_place
 from train.plan.request import Request, RewardModel
 from train.plan.rollouts import sample, score
 from train.plan.tracker import ACTIVATIONS, LOGITS, MODELS, OPTIMIZER, STEP, WEIGHTS, MemoryTracker, Trace
@@ -43,7 +43,7 @@ class TrainedModel:
     @classmethod
     def of(cls, request: Request, mode: Any, task: TaskType = TaskType.CAUSAL_LM) -> TrainedModel:
         """As load_policy and TRL's trainers make it."""
-        plain: Any = build(request.config, task, request.weights, request.attention)
+        plain: Any = build(request.config, task, request.weights, request.kernel)
         if task == TaskType.CAUSAL_LM and request.kind not in ("orpo", "cpo"):
             add_fused_lm_head(plain, outputs=FUSED_OUTPUTS.get(request.kind, ("log_probs", "entropy")))
         model = adapt(plain, request.peft, task, follow=request.adapters_follow)
@@ -83,7 +83,7 @@ def trace_step(request: Request) -> Trace:
                 with autocast_of(request):
                     sample(trained.model, request, tracker, DynamicCache)
                 for model, network in zip(request.rewards, scorers, strict=True):
-                    score(network, model.tokens)
+                    score(network, model.tokens, request)
             for _ in range(2 if request.accumulates else 1):
                 backward(request, tracker, lambda: loss(request, trained, reference, batch))
             with tracker.counting_as(STEP if step else OPTIMIZER):
@@ -117,7 +117,9 @@ def make_batch(request: Request) -> dict[str, Tensor | None]:
     rows, length = request.rows, request.length
     if request.packed:
         ids = torch.zeros(1, rows * length, dtype=torch.long)
-        mask = torch.ones(1, 1, rows * length, rows * length, dtype=torch.bool)
+        mask = None
+        if request.kernel != UNMASKED:
+            mask = torch.ones(1, 1, rows * length, rows * length, dtype=torch.bool)
         return {"input_ids": ids, "attention_mask": mask, "position_ids": torch.zeros_like(ids)}
     ids = torch.zeros(rows, length, dtype=torch.long)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if request.padded else None}

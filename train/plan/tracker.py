@@ -1,9 +1,9 @@
 """Live bytes of a computation on tensors without data, by what they are for.
 
-torch's own allocator counts storages when they are made and when they die; so does `MemoryTracker`, a dispatch
-mode that sees every operation before FakeTensorMode answers it with a shape. What a forward pass, a backward
-pass and an optimizer step would hold is thereby the outcome of the very code that trains, not of a formula for
-an architecture. Unseen are buffers that a kernel allocates inside one operation.
+torch's own allocator counts storages when they are made and when they die; so does `MemoryTracker`, a
+dispatch mode that sees every operation before FakeTensorMode answers it with a shape. What a forward pass, a
+backward pass and an optimizer step would hold is thereby the outcome of the very code that trains, not of a
+formula for an architecture. Unseen are buffers that a kernel allocates inside one operation.
 """
 
 from __future__ import annotations
