@@ -17,6 +17,7 @@ that is no tensor too.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,9 +170,6 @@ def stage_file(case: Case, folder: Path, steps: int) -> Path:
 
 def measure(path: Path) -> dict[str, float]:
     """Bytes: the allocator's peak over the stage, and the growth of the resident set."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
     from posttrain.registry import load, stage_spec
     from posttrain.stage import execute_stage
     from posttrain.stage_file import load_stage_file
@@ -180,18 +179,27 @@ def measure(path: Path) -> dict[str, float]:
     block = load_stage_file(kind, path)
     load(stage_spec(kind).run)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
+    peak = allocated(lambda: execute_stage(kind, block.config, block.run_dir, preflight=False))
+    return {"allocated": peak, "resident": float(resident("VmHWM") - before)}
+
+
+def allocated(run: Callable[[], object]) -> float:
+    """Bytes that torch's allocator had given out at the worst moment of `run`, beyond those before it."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        execute_stage(kind, block.config, block.run_dir, preflight=False)
-        peak = float(torch.cuda.max_memory_allocated())
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            execute_stage(kind, block.config, block.run_dir, preflight=False)
-        assert profiled.profiler is not None
-        events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-        peak = allocated_peak([(event.start_ns(), event.nbytes()) for event in events])
-    return {"allocated": peak, "resident": float(resident("VmHWM") - before)}
+        before = torch.cuda.memory_allocated()
+        run()
+        return float(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    assert profiled.profiler is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return allocated_peak([(event.start_ns(), event.nbytes()) for event in events])
 
 
 def allocated_peak(events: list[tuple[int, int]]) -> float:

@@ -60,9 +60,15 @@ def adapt(
     lora: Any = lora_config(settings, task)
     try:
         with torch.device("meta"):
-            return get_peft_model(model, lora, autocast_adapter_dtype=not follow)  # type: ignore[arg-type]
+            adapted: Any = get_peft_model(model, lora)  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(f"peft: {str(error).splitlines()[0]}") from error
+    if follow:
+        dtype = next(p.dtype for p in adapted.parameters() if not p.requires_grad)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+    return adapted
 
 
 def give_storage(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -64,6 +64,8 @@ class MemoryTracker(TorchDispatchMode):
         category = self.category
         if func is torch.ops.aten._to_copy.default and self._of(args[0]) in (WEIGHTS, MODELS):
             category = CASTS
+        elif func is torch.ops.aten.cat.default and self._of(args[0][0]) == KV_CACHE:
+            category = KV_CACHE
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.see(leaf, category)
@@ -91,6 +93,7 @@ class MemoryTracker(TorchDispatchMode):
         self._live[key] = (reference, size, category)
         self.totals[before] -= size
         self.totals[category] = self.totals.get(category, 0) + size
+        self._note()
 
     def hold(self, modules: Iterable[nn.Module], category: str) -> None:
         """Count the parameters and buffers of these modules, and the gradients that reach them."""
