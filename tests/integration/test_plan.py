@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import command, write_stage
 
 from posttrain.stage import execute_stage
 from posttrain.stage_file import load_stage_file
+from tests.integration.conftest import command, write_stage
 
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 0.15
