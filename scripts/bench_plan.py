@@ -281,30 +281,43 @@ def main() -> None:
     if asked.case:
         run_case(asked.case, asked.steps, asked.output)
         return
-    rows = []
+    rows = measured_before(asked.output)
     print(
         "| Case | predicted, MB | allocated, MB | ratio | resident, MB |\n|---|---:|---:|---:|---:|",
         flush=True,
     )
     for name in asked.only or CASES:
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "row.json"
-            arguments = ["--case", name, "--steps", str(asked.steps), "--output", str(result)]
-            subprocess.run(
-                [sys.executable, __file__, *arguments],
-                check=True,
-                stdout=subprocess.DEVNULL,
-                env=os.environ | {"HF_DEACTIVATE_ASYNC_LOAD": "1"},
-            )
-            row = json.loads(result.read_text(encoding="utf-8"))
-        rows.append(row)
+        row = rows[name] = run_apart(name, asked.steps)
         sizes = [f"{row[key] / 1e6:,.0f}" for key in ("predicted", "allocated")]
         print(
             f"| {name} | {' | '.join(sizes)} | {row['ratio']:.3f} | {row['resident'] / 1e6:,.0f} |",
             flush=True,
         )
         if asked.output:
-            asked.output.write_text(json.dumps({"machine": machine(), "cases": rows}, indent=1) + "\n")
+            cases = [rows[name] for name in CASES if name in rows]
+            asked.output.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
+
+
+def measured_before(output: Path | None) -> dict[str, Any]:
+    """Cases that the output file holds already, by name; those measured now replace them."""
+    if output is None or not output.is_file():
+        return {}
+    return {row["case"]: row for row in json.loads(output.read_text(encoding="utf-8"))["cases"]}
+
+
+def run_apart(name: str, steps: int) -> dict[str, Any]:
+    """One case in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "row.json"
+        arguments = ["--case", name, "--steps", str(steps), "--output", str(result)]
+        subprocess.run(
+            [sys.executable, __file__, *arguments],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"HF_DEACTIVATE_ASYNC_LOAD": "1"},
+        )
+        row: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return row
 
 
 if __name__ == "__main__":
