@@ -143,7 +143,7 @@ def test_parameters_are_counted_by_what_they_do() -> None:
 
 
 def test_flops_of_a_step_are_six_per_parameter_and_token(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """Kaplan et al. 2020: 6 N for every trained token, and 12 L d T for attention, here with T the mean."""
+    """Kaplan et al. 2020: 6 N for every trained token, and 12 L d T for attention (PaLM, appendix B)."""
     blocks, stages = pipeline(
         tmp_path,
         {
@@ -165,7 +165,7 @@ def test_flops_of_a_step_are_six_per_parameter_and_token(tmp_path: Path, tiny_mo
     work = work_of(described, parameters, 2)
     tokens = 4 * 3 * 2 * 64
     assert (work.steps, work.tokens_per_step, work.tokens) == (7, tokens, 7 * tokens)
-    attention = 12 * 2 * 32 * 32  # 2 layers, width 32, 32 tokens seen on average
+    attention = 12 * 2 * 32 * 64  # 2 layers, width 32, sequences of 64 tokens
     assert work.flops_per_step == tokens * (6 * (parameters.trained + parameters.head) + attention)
     assert work.checkpoint == 12 * parameters.sizes.trained
     assert work.final == 4 * parameters.sizes.total

@@ -127,12 +127,18 @@ def work_of(described: Described, parameters: Parameters, devices: int) -> Work:
         work = _ppo_work(config, described, parameters, devices)
     elif isinstance(config, BaseConfig):
         tokens = float(config.batch_size * config.max_length)
-        work = (config.steps, tokens, tokens, _pass(parameters, tokens, request, True), 0.0)
+        work = (
+            config.steps,
+            tokens,
+            tokens,
+            _pass(described, parameters, tokens, True),
+            0.0,
+        )
     else:
         assert isinstance(config, TrainingStageConfig)
         work = _trl_work(config, described, parameters, devices)
     steps, tokens, most, flops, decoded = work
-    recomputed = _pass(parameters, tokens, request, False) if request.checkpointing else 0.0
+    recomputed = _pass(described, parameters, tokens, False) if request.checkpointing else 0.0
     return Work(steps, tokens, most, flops, recomputed, decoded, checkpoint, final)
 
 
@@ -164,7 +170,7 @@ def _trl_work(
     if isinstance(config, OnlineConfig):
         mean += args.max_completion_length
     tokens, most = batch * sides * mean, batch * sides * longest
-    flops = _pass(parameters, tokens, request, True)
+    flops = _pass(described, parameters, tokens, True)
     forwards = (2 if config.__class__ is KtoConfig and request.reference else 1) * request.reference
     forwards += isinstance(config, KtoConfig)
     decoded = 0.0
@@ -173,7 +179,7 @@ def _trl_work(
         forwards += 1 / reuse + len(request.rewards)
         decoded = args.max_completion_length * args.gradient_accumulation_steps
         decoded /= args.steps_per_generation * reuse
-    flops += forwards * _pass(parameters, tokens, request, False)
+    flops += forwards * _pass(described, parameters, tokens, False)
     return steps, tokens, most, flops, decoded
 
 
@@ -183,8 +189,8 @@ def _ppo_work(config: PpoStageConfig, described: Described, parameters: Paramete
     mean = lengths.mean + config.max_new_tokens
     tokens = config.batch_size * mean
     networks = 1 if config.value == "head" else 2
-    trained = config.num_ppo_epochs * networks * _pass(parameters, tokens, request, True)
-    once = (1 + networks + 1 + len(request.rewards)) * _pass(parameters, tokens, request, False)
+    trained = config.num_ppo_epochs * networks * _pass(described, parameters, tokens, True)
+    once = (1 + networks + 1 + len(request.rewards)) * _pass(described, parameters, tokens, False)
     turns = -(-config.batch_size // devices // request.rollout.rows) if request.rollout else 1
     return (
         config.num_updates,
@@ -195,10 +201,12 @@ def _ppo_work(config: PpoStageConfig, described: Described, parameters: Paramete
     )
 
 
-def _pass(parameters: Parameters, tokens: float, request: Request, trained: bool) -> float:
+def _pass(described: Described, parameters: Parameters, tokens: float, trained: bool) -> float:
     """One pass over so many tokens: frozen and trained weights, attention, output matrix."""
+    request = described.request
     text: PreTrainedConfig = request.config.get_text_config()
-    attention = Attention(text.num_hidden_layers, text.hidden_size, request.length / 2)
+    context = described.lengths.mean + (0 if request.rollout is None else request.rollout.response)
+    attention = Attention(text.num_hidden_layers, text.hidden_size, context)
     flops = model_flops(parameters.frozen, tokens, trained=trained, frozen_backbone=True, attention=attention)
     flops += model_flops(parameters.trained, tokens, trained=trained)
     return flops + model_flops(

@@ -14,6 +14,7 @@ Activations come from a `Trace`, for 16-bit weights where the layout computes wi
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -176,5 +177,5 @@ def quantised(memory: Memory, sizes: Sizes, itemsize: int, devices: int = 1) -> 
     return replace(memory, device=_kept(device))
 
 
-def _kept(held: dict[str, float]) -> dict[str, float]:
+def _kept(held: Mapping[str, float]) -> dict[str, float]:
     return {name: float(count) for name, count in held.items() if count}

@@ -31,11 +31,19 @@ class Lengths:
     note: str = ""
 
 
-KINDS: dict[str, Kind] = (
-    {"sft": "conversation", "pretrain": "text"}
-    | dict.fromkeys(("reward", "dpo", "kto", "orpo", "cpo"), "preference")
-    | dict.fromkeys(("grpo", "rloo", "ppo"), "prompt")
-)
+KINDS: dict[str, Kind] = {
+    "sft": "conversation",
+    "pretrain": "text",
+    "reward": "preference",
+    "dpo": "preference",
+    "kto": "preference",
+    "orpo": "preference",
+    "cpo": "preference",
+    "grpo": "prompt",
+    "rloo": "prompt",
+    "ppo": "prompt",
+}
+"""Kind of data set that each stage reads."""
 
 
 def read_lengths(kind: str, data: str, model: Path | None, limit: int, seed: int, *, drops: bool) -> Lengths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -46,11 +47,17 @@ class Report:
             if gpu.cuda
             else f"1/{RESIDENT}, since a process on a CPU keeps freed memory"
         )
-        return [
+        lines = [
             f"{gpu.name}: {rate} ({how}) at MFU {self.mfu:g}; {limits}: {why}.",
             "Memory: bytes allocated at the worst moment of a step whose sequences are the longest. Hours: "
             "arithmetic, and reading weights while generating; no evaluation, loading or communication.",
         ]
+        requests = [prediction.described.request for prediction in self.predictions]
+        if gpu.format == "float16" and any(
+            torch.bfloat16 in (request.weights, request.autocast) for request in requests
+        ):
+            lines.append(f"{gpu.name} does not compute in bfloat16: float16 takes the same memory.")
+        return lines
 
     def as_json(self) -> dict[str, Any]:
         """Sizes in bytes, lengths in tokens."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.training_args import OptimizerNames
 
-from posttrain.config import StageConfig
+from posttrain.config import StageConfig, find_references
 from posttrain.errors import UserError
 from posttrain.stage_file import StageBlock
 from train.base_config import BaseConfig
@@ -71,7 +71,8 @@ def describe(block: StageBlock, stages: Stages, device: Device, devices: int) ->
     limit = _limit(config, model, args)
     args.max_length = limit
     drops = isinstance(config, (*PAIRS, KtoConfig, OnlineConfig))
-    lengths = read_lengths(block.kind, config.data, model.directory, limit, config.seed, drops=drops)
+    [data] = [ref.value for ref in find_references(config) if ref.field == "data"]
+    lengths = read_lengths(block.kind, data, model.directory, limit, config.seed, drops=drops)
     request = _trl_request(block.kind, config, model, args, lengths, device)
     rewards: tuple[RewardModel, ...] = ()
     if isinstance(config, OnlineConfig):
@@ -81,6 +82,8 @@ def describe(block: StageBlock, stages: Stages, device: Device, devices: int) ->
     optimizer = OptimizerNames(args.optim).value
     if optimizer not in ("adamw_torch", "adamw_torch_fused"):
         notes.append(f"optim {optimizer} is counted as AdamW with two float32 moments")
+    if isinstance(config, OnlineConfig) and args.use_vllm:
+        notes.append("the memory that vLLM reserves is not counted")
     return Described(block, model, lengths, request, args, tuple(notes))
 
 
