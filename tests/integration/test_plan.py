@@ -157,7 +157,7 @@ def test_the_cheapest_layout_that_fits_is_shown_with_those_that_do_not(large_sta
     usable = report["gpu"]["usable"]
     assert stage["fits"] and stage["total"] <= usable
     assert stage["gpus"] == 4
-    rejected = stage["cheaper_that_do_not_fit"]
+    rejected = stage["too_large"]
     assert rejected[0]["layout"] == "ddp"
     assert all(choice["total"] > usable for choice in rejected)
     assert rejected[0]["memory"]["weights"] == pytest.approx(4 * stage["parameters"]["total"], rel=1e-3)
@@ -201,6 +201,19 @@ def test_mistakes_are_named(large_stage: Path, arguments: tuple[str, ...], messa
     done = command("plan", large_stage, *arguments)
     assert done.exit_code == 2, done.output
     assert message in done.stderr
+
+
+def test_fp16_can_be_planned_where_there_is_no_gpu(large_stage: Path) -> None:
+    """It takes what bf16 takes."""
+
+    def total(*settings: str) -> float:
+        done = command(
+            "plan", large_stage, *settings, "--gpu", "V100", "--strategy", "zero3", "--gpus", "8", "--json"
+        )
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)["stages"][0]["total"]
+
+    assert total("trainer.bf16=false", "trainer.fp16=true") == total()
 
 
 def test_a_file_without_training_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""How much a stage computes and writes: steps, tokens, floating-point operations, hours, bytes on the
-disk.
-"""
+"""How much a stage computes and writes: steps, tokens, FLOPs, hours, bytes on the disk."""
 
 from __future__ import annotations
 
@@ -138,7 +136,11 @@ def work_of(described: Described, parameters: Parameters, devices: int) -> Work:
         assert isinstance(config, TrainingStageConfig)
         work = _trl_work(config, described, parameters, devices)
     steps, tokens, most, flops, decoded = work
-    recomputed = _pass(described, parameters, tokens, False) if request.checkpointing else 0.0
+    recomputed = 0.0
+    if request.checkpointing:
+        passes = config.num_ppo_epochs if isinstance(config, PpoStageConfig) else 1
+        passes *= 2 if isinstance(config, PpoStageConfig) and config.value == "model" else 1
+        recomputed = passes * _pass(described, parameters, tokens, False)
     return Work(steps, tokens, most, flops, recomputed, decoded, checkpoint, final)
 
 

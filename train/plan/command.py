@@ -16,7 +16,7 @@ from posttrain.yaml_source import load_yaml
 from train.config import PeftSettings, TrainingStageConfig
 from train.peft_setup import quiet_libraries
 from train.plan.gpus import THIS, find_gpu
-from train.plan.layouts import Layout, Method, find_layout
+from train.plan.layouts import Method, find_layout
 from train.plan.predict import Prediction, predict
 from train.plan.report import Report
 from train.plan.request import Device
@@ -25,6 +25,8 @@ from train.ppo.config import PpoStageConfig
 
 MFU, MEASURED_MFU = 0.35, 0.5
 """Assumed share of a data sheet's rate, and of a matrix product's measured rate."""
+SHARDING = ("deepspeed", "fsdp", "fsdp_config")
+"""Trainer fields that only take effect under a launcher."""
 
 
 def plan(
@@ -47,7 +49,7 @@ def plan(
     if method not in (None, "full", "lora", "qlora"):
         raise UserError(f"--method {method}: is not one of full, lora, qlora")
     blocks = read_blocks(path, overrides)
-    trained = [_with_method(block, method) for block in blocks if is_trained(block.config)]
+    trained = [_portable(_with_method(block, method)) for block in blocks if is_trained(block.config)]
     if not trained:
         raise UserError(f"{path}: has no training stage, so there is nothing to plan")
     problems = [problem for block in trained for problem in block.check()]
@@ -86,6 +88,19 @@ def _with_method(block: StageBlock, method: str | None) -> StageBlock:
     return replace(block, config=config.model_copy(update={"peft": peft}))
 
 
+def _portable(block: StageBlock) -> StageBlock:
+    """The stage without what only the machine it is planned for can run: fp16 takes the memory of bf16, and
+    --strategy says how states are sharded.
+    """
+    config = block.config
+    if not isinstance(config, TrainingStageConfig):
+        return block
+    trainer = {name: value for name, value in config.trainer.items() if name not in SHARDING}
+    if trainer.pop("fp16", False):
+        trainer["bf16"] = True
+    return replace(block, config=config.model_copy(update={"trainer": trainer}))
+
+
 def _method(block: StageBlock, method: str | None) -> Method:
     config = block.config
     if not isinstance(config, (TrainingStageConfig, PpoStageConfig)) or config.peft is None:
@@ -103,6 +118,3 @@ def _arithmetic(blocks: Sequence[StageBlock]) -> torch.dtype:
         elif isinstance(config, PpoStageConfig) and config.bf16:
             return torch.bfloat16
     return torch.float32
-
-
-__all__ = ["Layout", "plan"]

@@ -111,9 +111,7 @@ BUFFERS, COPIES = "buffers", "copies"
 
 
 def plain(trace: Trace, *, devices: int = 1, bucket_bytes: int = 0, copies: int = 0) -> Memory:
-    """Single device or DDP: as traced. bucket_bytes: DDP's own copy of the gradients, with several
-    devices.
-    """
+    """Single device or DDP: as traced. bucket_bytes: DDP's copy of the gradients, with several devices."""
     point = max(trace.points, key=lambda p: p.gradients + p.passing)
     held = {**trace.standing, G: point.gradients, **point.others, COPIES: copies}
     return Memory(_kept(held | {BUFFERS: bucket_bytes if devices > 1 else 0}))

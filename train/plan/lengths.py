@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.records import Kind
@@ -20,8 +21,8 @@ from train.preflight.rows import read_samples
 @dataclass(frozen=True)
 class Lengths:
     """rows: of the train split, None while it has yet to be made. mean, longest: tokens of a sequence (of a
-    pair's side, of a prompt), at most the stage's limit. measured: from the rows, else both are that limit.
-    supervised: share of the tokens that carry loss.
+    pair's longer side, of a prompt), at most the stage's limit. measured: from the rows, else both are that
+    limit. note: why they are not measured.
     """
 
     rows: int | None
@@ -49,8 +50,7 @@ KINDS: dict[str, Kind] = {
 def read_lengths(kind: str, data: str, model: Path | None, limit: int, seed: int, *, drops: bool) -> Lengths:
     """Lengths of the rows that stage `kind` reads from `data` with the tokenizer in `model`.
 
-    limit: longest sequence. drops: whether longer rows are left out, as pairs and prompts are, instead of
-    cut.
+    limit: longest sequence. drops: whether longer rows are left out, as pairs and prompts are, or cut.
     """
     directory = Path(data).expanduser()
     if not (directory / "train.parquet").is_file():
@@ -62,7 +62,11 @@ def read_lengths(kind: str, data: str, model: Path | None, limit: int, seed: int
     tokenizer = None if model is None else _tokenizer(model)
     if tokenizer is None:
         return Lengths(sample.total, limit, limit, False, "no tokenizer to count tokens with yet")
-    counts = [count for count in count_tokens(kind, tokenizer, sample.rows) if not drops or count <= limit]
+    try:
+        every = count_tokens(kind, tokenizer, sample.rows)
+    except (UserError, TemplateError) as error:
+        return Lengths(sample.total, limit, limit, False, f"rows of {data} cannot be rendered ({error})")
+    counts = [count for count in every if not drops or count <= limit]
     if not counts:
         return Lengths(sample.total, limit, limit, False, f"no row fits {limit} tokens")
     counts = [min(count, limit) for count in counts]
@@ -77,9 +81,7 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase | None:
 
 
 def count_tokens(kind: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:
-    """Tokens of each sequence; a pair gives two, both as long as its longer side, since TRL pads them
-    alike.
-    """
+    """Tokens of each sequence; of a pair those of its longer side, to which TRL pads the other."""
     if kind == "sft":
         return [
             len(row.input_ids) for row in label_conversations(tokenizer, _column(rows, "messages"), False)

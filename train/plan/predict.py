@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 
@@ -33,8 +32,8 @@ CUDA_CONTEXT = 1e9
 """Bytes of a GPU that are not the allocator's: CUDA context, cuBLAS workspaces, NCCL. Assumed."""
 FRAGMENTATION = 1.05
 """What the caching allocator holds over what is allocated. Assumed."""
-RESIDENT = 1.6
-"""Largest resident memory over allocated memory measured on a CPU (docs/plan.md)."""
+RESIDENT = 2.0
+"""Resident over allocated memory on a CPU, rounded up from models of 110 million parameters."""
 COUNTS = (1, 2, 4, 8)
 """Numbers of devices that are tried."""
 
@@ -155,29 +154,15 @@ def memory_of(
     return quantised(memory, sizes, request.weights.itemsize, spread)
 
 
-@cache
-def _trace(key: _Key) -> Trace:
-    request, settings = key.request, key.settings
-    if settings is not None:
-        return trace_base(request, settings)
-    return trace_ppo(request) if request.kind == "ppo" else trace_step(request)
-
-
-@dataclass(frozen=True, eq=False)
-class _Key:
-    request: Request
-    settings: BaseConfig | None
-
-    def _identity(self) -> str:
-        return repr(self.request)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self._identity() == other._identity()
-
-    def __hash__(self) -> int:
-        return hash(self._identity())
-
-
 def trace(request: Request, settings: BaseConfig | None) -> Trace:
     """The trace of a request, computed once. settings: of the base stage, whose optimizers are its own."""
-    return _trace(_Key(request, settings))
+    key = repr((request, settings))
+    if key not in _traces:
+        if settings is not None:
+            _traces[key] = trace_base(request, settings)
+        else:
+            _traces[key] = trace_ppo(request) if request.kind == "ppo" else trace_step(request)
+    return _traces[key]
+
+
+_traces: dict[str, Trace] = {}

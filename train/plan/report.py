@@ -89,7 +89,7 @@ class Report:
             "parameters": {"trained": sizes.trained, "total": sizes.total},
             **_choice(prediction.choice),
             "fits": prediction.fits,
-            "cheaper_that_do_not_fit": [_choice(choice) for choice in prediction.cheaper],
+            "too_large": [_choice(choice) for choice in prediction.cheaper],
             "batch": {"rows": request.rows, "length": request.length},
             "lengths": {"mean": lengths.mean, "longest": lengths.longest, "measured": lengths.measured},
             "rows": lengths.rows,

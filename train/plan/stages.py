@@ -151,6 +151,7 @@ def _ppo(
     device: Device,
     devices: int,
 ) -> Described:
+    config.check_processes(devices)
     lengths = read_lengths(
         "ppo", config.data, model.directory, config.max_prompt_tokens, config.seed, drops=True
     )
