@@ -239,10 +239,18 @@ def run_case(name: str, steps: int, output: Path) -> None:
             "breakdown": stage["memory"],
             "batch": stage["batch"],
             "parameters": stage["parameters"],
-            "settings": json.loads(path.read_text(encoding="utf-8")),
+            "settings": settings_of(path),
             "seconds": {"stage": seconds, "prediction": time.perf_counter() - started},
         }
     output.write_text(json.dumps(row), encoding="utf-8")
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """What a stage file says, its temporary folders apart."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: value for name, value in settings.items() if name not in ("run_dir", "model", "data", "reward")
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -203,6 +203,18 @@ def test_mistakes_are_named(large_stage: Path, arguments: tuple[str, ...], messa
     assert message in done.stderr
 
 
+def test_a_layout_that_a_stage_refuses_leaves_it_unplanned(tmp_path: Path) -> None:
+    pipeline = ROOT / "configs" / "tiny" / "pipeline.yaml"
+    done = command("plan", pipeline, f"output_dir={tmp_path}", "--strategy", "zero3", "--gpus", "2", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert [stage["name"] for stage in report["stages"]] == ["sft", "reward", "dpo"]
+    assert report["unplanned"] == {
+        "base": "base runs on one device or under DDP, not under zero3",
+        "ppo": "ppo runs on one device or under DDP, not under zero3",
+    }
+
+
 def test_fp16_can_be_planned_where_there_is_no_gpu(large_stage: Path) -> None:
     """It takes what bf16 takes."""
 

@@ -93,7 +93,7 @@ def _to_be_made(block: StageBlock, stages: Stages) -> FoundModel:
         return FoundModel(base_config(settings), None, base=str(block.run_dir), notes=notes)
     if isinstance(settings, MergeConfig):
         found = find_model(settings.model, stages)
-        return replace(found, directory=found.directory, adapter=None, base=str(block.run_dir))
+        return replace(found, adapter=None, base=str(block.run_dir))
     if isinstance(settings, (TrainingStageConfig, PpoStageConfig)):
         found = find_model(settings.model, stages)
         if settings.peft is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from posttrain.errors import UserError
 from train.base_config import BaseConfig
 from train.config import TrainingStageConfig
 from train.plan.amounts import Parameters, Work, count, work_of
@@ -100,10 +101,14 @@ def candidates(
     described: Described, layout: Layout | None, devices: int | None
 ) -> Iterator[tuple[Layout, int, bool]]:
     """Ways to run a stage, fewest devices first, then by slow-down. Its own checkpointing is never switched
-    off; a layout that was asked for is taken as it is.
+    off; a layout that was asked for is taken as it is. Raises UserError for one that the stage refuses.
     """
     config, asked = described.block.config, described.request.checkpointing
     if layout is not None:
+        if layout.name != "ddp" and not isinstance(config, TrainingStageConfig):
+            raise UserError(
+                f"{described.block.kind} runs on one device or under DDP, not under {layout.name}"
+            )
         yield layout, devices or 1, asked
         return
     layouts = list(LAYOUTS.values()) if isinstance(config, TrainingStageConfig) else [LAYOUTS["ddp"]]

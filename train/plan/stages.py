@@ -198,9 +198,7 @@ def _rollout(config: PpoStageConfig, lengths: Lengths, devices: int) -> Rollout:
 
 
 def ppo_layout(config: PpoStageConfig, model: FoundModel, reward: FoundModel | None) -> Layout:
-    """The layout that ppo would choose (`train.ppo.layouts.choose_layout`), models still to be made
-    included.
-    """
+    """The layout that ppo would choose (`train.ppo.layouts.choose_layout`) once its models are made."""
     if config.layout != "auto":
         return config.layout
     if config.peft is None or config.peft.modules_to_save:
@@ -222,9 +220,8 @@ def _place(ref: str) -> str:
 
 def _base(block: StageBlock, config: BaseConfig, device: Device) -> Described:
     model = FoundModel(base_config(config), None)
-    rows = None
     lengths = Lengths(
-        rows, config.max_length, config.max_length, False, "lengths are max_length, an upper bound"
+        None, config.max_length, config.max_length, False, "lengths are max_length, an upper bound"
     )
     request = Request(
         kind="base",
