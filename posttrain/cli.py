@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posttrain import __version__
+from posttrain.cli_plan import add_plan
 from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
 
@@ -375,3 +376,6 @@ def report(
         from posttrain.registry import load
 
         print(load(REPORT)(runs, output))
+
+
+add_plan(app, _reporting, _print_json)

@@ -72,7 +72,7 @@ def planned_steps(trainer: dict[str, object], rows: int | None) -> int:
     return int(float(str(trainer.get("num_train_epochs", 3))) * -(-rows // batch))
 
 
-def gigabytes(count: int) -> str:
+def gigabytes(count: float) -> str:
     """12.3 GB, or in MB or kB what is less than one of them."""
     for unit, size in (("GB", 10**9), ("MB", 10**6)):
         if count >= size:

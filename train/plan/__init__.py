@@ -1,0 +1,1 @@
+"""What training will need, before any of it runs: `posttrain plan` (docs/plan.md)."""
