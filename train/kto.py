@@ -4,7 +4,7 @@
 
 TRL's KTOTrainer. Each preference pair gives a desirable and an undesirable row (`train.pairs.unpair`, which
 also orders them for the KL term). Departure from TRL's defaults: the reference is decided here, as in
-``train/preference.py``; with LoRA it is the model given, with the adapter switched off.
+``train/preference.py``; with LoRA it is the model given, or the adapter given (``train/adapters.py``).
 """
 
 from __future__ import annotations
