@@ -121,7 +121,7 @@ class RewardConfig(TrainingStageConfig):
 
 class DpoConfig(TrainingStageConfig):
     """Direct preference optimisation on pairs. The reference is the model given: with LoRA the adapter
-    switched off, without LoRA a second, frozen copy."""
+    switched off (of an adapter given, see peft.start), without LoRA a second, frozen copy."""
 
     data: DatasetRef = Field(description="Labelled pairs: a dataset directory of kind preference.")
     trainer: dict[str, Any] = Field(

@@ -5,7 +5,7 @@
 TRL's KTOTrainer. Answers are labelled each by itself (kind unpaired_preference), or each preference pair
 gives a desirable and an undesirable one; `train.pairs.load_answers` also orders them for the KL term.
 Departure from TRL's defaults: the reference is decided here, as in ``train/preference.py``; with LoRA it is
-the model given, with the adapter switched off.
+the model given, or the adapter given (``train/adapters.py``).
 """
 
 from __future__ import annotations

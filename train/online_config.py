@@ -17,7 +17,8 @@ from train.ppo.reward_config import RewardsConfig
 
 class OnlineConfig(TrainingStageConfig):
     """What grpo and rloo have in common. The reference is the model given: with LoRA the adapter switched
-    off, without LoRA a second, frozen copy; there is none where ``trainer.beta`` is 0."""
+    off (of an adapter given, see peft.start), without LoRA a second, frozen copy; there is none where
+    ``trainer.beta`` is 0."""
 
     data: DatasetRef = Field(
         description="Prompts: a dataset directory of kind prompt; its train split is used, and its eval "

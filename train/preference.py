@@ -4,9 +4,10 @@
 
 TRL's DPOTrainer. Departure from its defaults: the reference is decided here. The paper's reference is the
 supervised model that training starts from. With LoRA that is the base model with the adapter switched off,
-which is right only if the base *is* the supervised model: an adapter directory as ``model`` is refused, merge
-it first. Without LoRA a second copy of the model is loaded and frozen (or its log-probabilities are computed
-once with ``trainer.precompute_ref_log_probs``).
+which is right only if the base *is* the supervised model; where the supervised model is an adapter,
+``peft.start`` says what becomes of it, and it is the reference (``train/adapters.py``). Without LoRA a second
+copy of the model is loaded and frozen (or its log-probabilities are computed once with
+``trainer.precompute_ref_log_probs``).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import TaskType
 from trl.trainer.utils import use_adapter
 
 from posttrain.errors import PosttrainError, UserError
@@ -24,6 +25,7 @@ from tests.integration.test_resume import assert_same_run, cut_back
 from train import finish, reward_model
 from train.adapters import INITIAL
 from train.concatenate import saved_parameters
+from train.peft_config import AdapterSettings
 from train.peft_setup import check_learned
 from train.preflight import trained as preflight
 from train.preflight.models import Size
@@ -268,6 +270,33 @@ def test_a_resumed_run_takes_out_of_the_base_what_was_taken_out(run_stage, input
     assert torch.equal(left[name][4:], -right[name][4:])
     models = [logits(load_causal_lm(path / "model")) for path in (whole, cut)]
     assert torch.allclose(*models, atol=1e-4)
+
+
+def test_pissa_knows_transposed_layers(tmp_path):
+    """GPT-2's Conv1D: the base is the same after a resume, and the model still computes what it did."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from train.adapters import initialise, lora_config
+
+    def fresh(init):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=128, n_embd=16, n_layer=1, n_head=2, n_positions=128)
+        settings = AdapterSettings(
+            r=4, lora_alpha=8, init_lora_weights=init, target_modules=["c_attn", "c_fc"]
+        )
+        return GPT2LMHeadModel(config), lora_config(settings, TaskType.CAUSAL_LM)
+
+    first, initial = initialise(*fresh("pissa"), tmp_path / "store.safetensors")
+    second, again = initialise(*fresh("pissa"), tmp_path / "store.safetensors")
+    left, right = first.state_dict(), second.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert all(torch.equal(initial.tensors[name], again.tensors[name]) for name in initial.tensors)
+    plain = fresh("pissa")[0]
+    assert (logits(first) - logits(plain)).abs().max() < 1e-5
+    taken = left["base_model.model.transformer.h.0.mlp.c_fc.base_layer.weight"]
+    assert not torch.equal(taken, plain.transformer.h[0].mlp.c_fc.weight)
+    with pytest.raises(UserError, match="use pissa"):
+        initialise(*fresh("olora"), tmp_path / "other.safetensors")
 
 
 def test_loraplus_trains_b_at_a_higher_rate(trained, tiny_model_dir):

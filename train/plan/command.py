@@ -13,7 +13,8 @@ from posttrain.pipeline import load_pipeline
 from posttrain.registry import stage_spec
 from posttrain.stage_file import StageBlock, load_stage_file
 from posttrain.yaml_source import load_yaml
-from train.config import PeftSettings, TrainingStageConfig
+from train.config import TrainingStageConfig
+from train.peft_config import AdapterSettings, PeftSettings
 from train.peft_setup import quiet_libraries
 from train.plan.gpus import THIS, find_gpu
 from train.plan.layouts import Method, find_layout
@@ -84,8 +85,11 @@ def _with_method(block: StageBlock, method: str | None) -> StageBlock:
     config = block.config
     if method is None or not isinstance(config, (TrainingStageConfig, PpoStageConfig)):
         return block
-    peft = None if method == "full" else config.peft or PeftSettings()
-    return replace(block, config=config.model_copy(update={"peft": peft}))
+    if isinstance(config, PpoStageConfig):
+        peft = None if method == "full" else config.peft or PeftSettings()
+        return replace(block, config=config.model_copy(update={"peft": peft}))
+    new = None if method == "full" else config.peft or AdapterSettings()
+    return replace(block, config=config.model_copy(update={"peft": new, "quantization": None}))
 
 
 def _portable(block: StageBlock) -> StageBlock:
@@ -105,7 +109,10 @@ def _method(block: StageBlock, method: str | None) -> Method:
     config = block.config
     if not isinstance(config, (TrainingStageConfig, PpoStageConfig)) or config.peft is None:
         return "full"
-    return "qlora" if method == "qlora" and isinstance(config, TrainingStageConfig) else "lora"
+    if isinstance(config, PpoStageConfig):
+        return "lora"
+    held = config.quantization
+    return "qlora" if method == "qlora" or (held is not None and held.load_in_4bit) else "lora"
 
 
 def _arithmetic(blocks: Sequence[StageBlock]) -> torch.dtype:

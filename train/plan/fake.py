@@ -21,8 +21,8 @@ from trl.kernels import chunked_logprob
 
 from posttrain.errors import UserError
 from posttrain.preflight import Findings
-from train.config import PeftSettings
-from train.peft_setup import lora_config
+from train.adapters import lora_config
+from train.peft_config import PeftSettings
 from train.preflight.models import skeleton
 
 UNMASKED = "posttrain_unmasked"
@@ -58,6 +58,7 @@ def adapt(
     if settings is None:
         return model
     lora: Any = lora_config(settings, task)
+    lora.init_lora_weights = True  # pissa and olora would decompose weights that have no values
     try:
         with torch.device("meta"):
             adapted: Any = get_peft_model(model, lora)  # type: ignore[arg-type]

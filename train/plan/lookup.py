@@ -1,8 +1,8 @@
 """From the name of a model to its architecture, whether it is there already or still has to be made.
 
-A reference is a run directory, a model directory, a Hub id whose configuration is in the local cache, or the
-run directory of an earlier stage, whose own `model` is followed until something is there: sft-merged <- sft
-<- base, and base states its architecture in its settings.
+A reference is a run directory, a model directory, a Hub id whose configuration ships with posttrain or is in
+the local cache, or the run directory of an earlier stage, whose own `model` is followed until something is
+there: sft-merged <- sft <- base, and base states its architecture in its settings.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from peft import PeftConfig
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 from posttrain.errors import UserError
+from posttrain.known_models import known_config
 from posttrain.models import adapter_base, is_adapter
 from posttrain.stage_file import StageBlock
 from train.base_config import BaseConfig
-from train.config import MergeConfig, PeftSettings, TrainingStageConfig
+from train.config import TrainingStageConfig
+from train.merge_config import MergeConfig
+from train.peft_config import AdapterSettings, PeftSettings
 from train.ppo.config import PpoStageConfig
 
 Stages = Mapping[Path, StageBlock]
@@ -61,12 +64,13 @@ def find_model(ref: str, stages: Stages) -> FoundModel:
     block = stages.get(path.absolute())
     if block is not None:
         return _to_be_made(block, stages)
-    config = None if path.exists() else architecture(ref)
+    shipped = None if path.exists() else known_config(ref)
+    config = None if path.exists() else architecture(ref if shipped is None else str(shipped))
     if config is None:
         raise UserError(
-            f"model {ref}: is neither a model directory, nor made by a stage of this file, nor in the local "
-            "cache of the Hugging Face Hub\n    download it (hf download), or name a directory that holds "
-            "config.json"
+            f"model {ref}: is neither a model directory, nor made by a stage of this file, nor a model whose "
+            "architecture ships with posttrain, nor in the local cache of the Hugging Face Hub\n    download "
+            "it (hf download), or name a directory that holds config.json"
         )
     return FoundModel(config, None, base=ref)
 
@@ -92,14 +96,25 @@ def _to_be_made(block: StageBlock, stages: Stages) -> FoundModel:
         notes = (note + ", keep_whole adds to it",) if settings.keep_whole else (note,)
         return FoundModel(base_config(settings), None, base=str(block.run_dir), notes=notes)
     if isinstance(settings, MergeConfig):
-        found = find_model(settings.model, stages)
+        found = find_model(next(iter(settings.refs.values())), stages)
+        if settings.output == "adapter":
+            return found
         return replace(found, adapter=None, base=str(block.run_dir))
     if isinstance(settings, (TrainingStageConfig, PpoStageConfig)):
         found = find_model(settings.model, stages)
         if settings.peft is None:
             return replace(found, adapter=None, base=str(block.run_dir))
+        if found.adapter is not None and not isinstance(settings, PpoStageConfig):
+            return replace(found, adapter=trained_adapter(settings.peft, found))
         return replace(found, adapter=settings.peft, base=settings.model)
     raise UserError(f"{block.run_dir}: stage {block.name} ({block.kind}) makes no model")
+
+
+def trained_adapter(settings: PeftSettings | None, model: FoundModel) -> PeftSettings | None:
+    """The LoRA settings of what is trained: with start: continue they are those of the adapter given."""
+    if isinstance(settings, AdapterSettings) and settings.start == "continue":
+        return model.adapter
+    return settings
 
 
 def base_config(settings: BaseConfig) -> LlamaConfig:

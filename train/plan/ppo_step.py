@@ -9,7 +9,7 @@ from peft import TaskType, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from train.peft_setup import lora_config
+from train.adapters import lora_config
 from train.plan.fake import build, fake_mode, give_storage
 from train.plan.request import Request, RewardModel
 from train.plan.rollouts import sample

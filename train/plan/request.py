@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedConfig
 
-from train.config import PeftSettings
+from train.peft_config import PeftSettings
 from train.plan.fake import UNMASKED
 
 Device = Literal["cpu", "cuda"]

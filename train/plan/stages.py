@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from posttrain.config import StageConfig, find_references
 from posttrain.errors import UserError
 from posttrain.stage_file import StageBlock
+from train.adapters import torch_dtype
 from train.base_config import BaseConfig
 from train.config import (
     CpoConfig,
@@ -23,9 +24,9 @@ from train.config import (
     TrainingStageConfig,
 )
 from train.online_config import OnlineConfig
-from train.peft_setup import length_limit, torch_dtype
+from train.peft_setup import length_limit
 from train.plan.lengths import Lengths, read_lengths
-from train.plan.lookup import FoundModel, Stages, base_config, find_model
+from train.plan.lookup import FoundModel, Stages, base_config, find_model, trained_adapter
 from train.plan.request import Device, Layout, Request, RewardModel, Rollout
 from train.ppo.config import PpoStageConfig
 from train.ppo.engines.continuous import DTYPES
@@ -107,7 +108,7 @@ def _trl_request(
     return Request(
         kind=kind,
         config=model.config,
-        peft=config.peft,
+        peft=trained_adapter(config.peft, model),
         rows=rows,
         length=args.max_length if packed else lengths.longest,
         device=device,

@@ -48,7 +48,8 @@ def check_trained(
         _check_start(config, task, path)
     except UserError as error:
         field, _, message = str(error).partition(": ")
-        findings.fail_with(field, UserError(message))
+        known = field in ("model", "peft.start", "quantization")
+        findings.fail_with(field if known else "model", UserError(message) if known else error)
         return
     model_config = read_config(path, "model", findings)
     if model_config is None:
