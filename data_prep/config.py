@@ -114,6 +114,12 @@ class CurateConfig(StageConfig):
         description=f"What the rows are: {', '.join(KINDS)}. Preference files can feed every kind."
     )
     sources: list[SourceConfig] = Field(min_length=1, description="Read in this order.")
+    last_user_turns: int | None = Field(
+        None,
+        ge=1,
+        description="Keep of each dialogue what begins with its Nth-last user turn, and a system turn. The "
+        "split group is that of the whole dialogue. Not for kind text.",
+    )
     filters: FilterConfig = Field(FilterConfig(), description="Length filters.")
     dedup: bool = Field(
         True, description="Drop records whose whole content (NFKC, case, whitespace aside) was seen before."
@@ -125,3 +131,9 @@ class CurateConfig(StageConfig):
         le=1,
         description="Largest share of unusable rows; above it the stage fails, writing nothing.",
     )
+
+    @model_validator(mode="after")
+    def _turns_to_count(self) -> CurateConfig:
+        if self.last_user_turns is not None and self.kind == "text":
+            raise ValueError("`last_user_turns` needs turns; kind text has none")
+        return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 Kind = Literal["text", "conversation", "preference", "prompt"]
@@ -244,6 +244,25 @@ PROJECTIONS: dict[Kind, tuple[Kind, ...]] = {
     "conversation": ("conversation", "prompt", "text"),
     "preference": ("preference", "conversation", "prompt", "text"),
 }
+
+
+def from_last_user_turns(record: Record, count: int) -> Record:
+    """The record from its `count`-th last user turn on, with a leading system turn.
+
+    A record with fewer user turns stays as it is. Raises ValueError for a record of kind text.
+    """
+    if isinstance(record, ConversationRecord):
+        return replace(record, messages=_tail(record.messages, count))
+    if isinstance(record, (PreferenceRecord, PromptRecord)):
+        return replace(record, prompt=_tail(record.prompt, count))
+    raise ValueError(f"a {record.kind} record has no turns")
+
+
+def _tail(turns: Sequence[Message], count: int) -> tuple[Message, ...]:
+    users = [index for index, turn in enumerate(turns) if turn.role == "user"]
+    start = users[-count] if len(users) >= count else 0
+    system = [turn for turn in turns[:start] if turn.role == "system"]
+    return (*system, *turns[start:])
 
 
 def project(record: Record, kind: Kind, use: Side = "chosen") -> Record:

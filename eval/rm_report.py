@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.calibration import calibration_report, cross_fitted_temperature, fit_temperature, pair_auc
 from eval.rm_baselines import shorter_wins, tfidf_bradley_terry
 from eval.statistics import correlation, proportion_interval
+from posttrain.calibration import calibration_report, cross_fitted_temperature, fit_temperature, pair_auc
 
 HISTOGRAM_BINS = 24
 
@@ -110,12 +110,16 @@ def baseline_summaries(
     prompts: Sequence[str],
     groups: Sequence[str],
     settings: Settings,
+    fold: Sequence[int] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """What judges without understanding reach on the same pairs (`eval.rm_baselines`), by judge."""
+    """What judges without understanding reach on the same pairs (`eval.rm_baselines`), by judge.
+
+    `fold`: of each pair, where the judge beside them was cross-validated; the one that is fitted then is too.
+    """
     if not settings.baselines:
         return {}
     summaries = {"shorter_wins": judge_summary(shorter_wins(better, worse), prompts, settings)}
-    margins = tfidf_bradley_terry(better, worse, groups)
+    margins = tfidf_bradley_terry(better, worse, groups, fold)
     if margins is not None:
         summaries["tfidf_bradley_terry"] = judge_summary(margins, prompts, settings)
     return summaries

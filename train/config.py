@@ -93,6 +93,11 @@ class RewardConfig(TrainingStageConfig):
         None, description="Demonstrations (kind conversation) whose mean reward is set to 0 after training."
     )
     calibration_rows: int = Field(512, ge=1, description="Demonstrations used for that, drawn with the seed.")
+    margin: str | None = Field(
+        None,
+        description="Key in the meta of a pair under which its margin stands: how much higher the chosen "
+        "answer is to score (TRL's column `margin`). `meta_columns` of the curate stage keeps it.",
+    )
     folds: int | None = Field(
         None,
         ge=2,

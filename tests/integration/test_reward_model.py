@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import trl
 
+from posttrain.calibration import calibration_report, fit_temperature, out_of_fold_temperature
 from posttrain.errors import DataError, UserError
 from posttrain.models import load_reward_model, load_tokenizer
 from tests.integration.conftest import file_names, load_adapter, read_rows
@@ -89,6 +92,74 @@ def test_folds_score_every_pair_once_and_never_split_a_group(
     assert metrics["cv_accuracy"] == pytest.approx(correct)
     assert metrics["cv_accuracy_low"] < metrics["cv_accuracy"] < metrics["cv_accuracy_high"] or correct == 1.0
     assert metrics["bias"] == 0.0 and metrics["n"] == 0
+
+
+def test_the_temperature_is_of_scores_not_trained_on(
+    run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset
+):
+    """With folds of the out-of-fold margins, without of the eval margins; saved beside the model."""
+    rows = make_rows["preference"](24, 0)
+    for row in rows[::3]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    data = write_dataset(tmp_path / "data", "preference", rows, make_rows["preference"](9, 50))
+    for folds, source, count in ((3, "folds", 24), (None, "eval", 9)):
+        run_dir = tmp_path / source
+        metrics = run_stage(
+            "reward", run_dir, model=tiny_model_dir, data=data, folds=folds, trainer={"max_steps": 8}
+        )
+        saved = json.loads((run_dir / "model" / "reward_calibration.json").read_text())
+        assert (saved["temperature_from"], saved["temperature_pairs"]) == (source, count)
+        assert {name: metrics[name] for name in saved} == saved
+        assert 0 <= saved["ece_after"] <= 0.5 and saved["bias"] == 0.0
+    lines = [json.loads(line) for line in (tmp_path / "folds" / "folds.jsonl").read_text().splitlines()]
+    margins = np.array([line["chosen"] - line["rejected"] for line in lines])
+    saved = json.loads((tmp_path / "folds" / "model" / "reward_calibration.json").read_text())
+    assert saved["temperature"] == pytest.approx(fit_temperature(margins), rel=1e-6)
+    crossed = out_of_fold_temperature(margins, np.array([line["fold"] for line in lines]))
+    assert saved["ece_after"] == pytest.approx(calibration_report(margins, crossed)["ece"])
+    assert saved["ece_before"] == pytest.approx(calibration_report(margins)["ece"])
+
+
+def test_a_margin_in_the_meta_enters_the_loss(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):
+    """-log sigmoid(r_chosen - r_rejected - margin): a margin of 50 costs about 50 nats more."""
+    rows = make_rows["preference"](8, 0)
+    losses = {}
+    for name, value in (("none", None), ("zero", 0), ("fifty", 50)):
+        marked = [row | ({} if value is None else {"meta": json.dumps({"gap": value})}) for row in rows]
+        data = write_dataset(tmp_path / f"data-{name}", "preference", marked, marked)
+        run_dir = tmp_path / name
+        trainer = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 8}
+        margin = {} if value is None else {"margin": "gap"}
+        run_stage("reward", run_dir, model=tiny_model_dir, data=data, trainer=trainer, **margin)
+        losses[name] = next(row["loss"] for row in read_rows(run_dir) if "loss" in row)
+    assert losses["zero"] == losses["none"]
+    assert losses["fifty"] == pytest.approx(50 + losses["none"] - math.log(2), abs=1.0)
+
+
+def test_refuses_pairs_without_the_margin(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):
+    rows = [row | {"meta": json.dumps({"gap": 1.5})} for row in make_rows["preference"](8, 0)]
+    rows[2]["meta"] = json.dumps({"gap": "wide"})
+    data = write_dataset(tmp_path / "data", "preference", rows, rows[:2])
+    with pytest.raises(DataError, match=r"margin: 1 of 8 pairs .* `gap` .* preference-2 \('wide'\)"):
+        run_stage("reward", tmp_path / "run", preflight=False, model=tiny_model_dir, data=data, margin="gap")
+
+
+def test_centring_and_batches_of_like_length_reach_the_trainer(
+    run_stage, tmp_path, tiny_model_dir, preference_data
+):
+    """TRL adds coefficient x mean((r_chosen + r_rejected)^2) (2312.09244, eq. 2)."""
+    losses = []
+    for coefficient in (None, 100.0):
+        run_dir = tmp_path / f"run-{coefficient}"
+        trainer = {
+            "max_steps": 1,
+            "logging_steps": 1,
+            "train_sampling_strategy": "group_by_length",
+            "center_rewards_coefficient": coefficient,
+        }
+        run_stage("reward", run_dir, model=tiny_model_dir, data=preference_data, trainer=trainer)
+        losses.append(next(row["loss"] for row in read_rows(run_dir) if "loss" in row))
+    assert losses[1] > losses[0]
 
 
 def test_refuses_more_folds_than_groups(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -31,6 +32,29 @@ def test_accuracy_counts_a_tie_as_half(reward_run, preference_data):
     assert report["accuracy"]["value"] == pytest.approx((report["pairs"] - 0.5) / report["pairs"])
     assert set(report["baselines"]) == {"shorter_wins", "tfidf_bradley_terry"}
     assert report["baselines"]["shorter_wins"]["accuracy"]["value"] == 0.0
+
+
+def test_calibration_of_each_fold_comes_from_the_others(tmp_path, preference_data):
+    """Fold 0 with margins of 4, the others of 1: 3 of 4 right everywhere, so one temperature cannot suit both."""
+    from data_prep.dataset import read_split
+
+    rows = read_split(preference_data, "train", "preference").to_list()
+    lines = [
+        {
+            "id": row["id"],
+            "group": row["group"],
+            "fold": int(i >= len(rows) // 2),
+            "chosen": (1.0 if i % 4 else -1.0) * (4 if i < len(rows) // 2 else 1),
+            "rejected": 0.0,
+        }
+        for i, row in enumerate(rows)
+    ]
+    (tmp_path / "folds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = cross_validation(tmp_path, preference_data, Settings())
+    mine, other = 4 / math.log(3), 1 / math.log(3)
+    assert report["after"]["temperature"] == pytest.approx((mine + other) / 2, rel=1e-3)
+    confidence = 1 / (1 + math.exp(-4 / other))
+    assert report["after"]["bins"][-1]["confidence"] == pytest.approx(confidence, rel=1e-3)
 
 
 def test_no_folds_no_report(tmp_path, preference_data):
