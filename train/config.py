@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from posttrain.config import DatasetRef, ModelRef, StageConfig, StrictModel
 
@@ -93,6 +93,11 @@ class RewardConfig(TrainingStageConfig):
         None, description="Demonstrations (kind conversation) whose mean reward is set to 0 after training."
     )
     calibration_rows: int = Field(512, ge=1, description="Demonstrations used for that, drawn with the seed.")
+    head_only: bool = Field(
+        False,
+        description="Train only the score head, on the model as it is (a linear probe); needs `peft: null`. "
+        "The model reads each dialogue once, so epochs and folds cost next to nothing.",
+    )
     margin: str | None = Field(
         None,
         description="Key in the meta of a pair under which its margin stands: how much higher the chosen "
@@ -109,6 +114,12 @@ class RewardConfig(TrainingStageConfig):
         description="Fields of trl.RewardConfig. Defaults that differ from TRL's: "
         "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
     )
+
+    @model_validator(mode="after")
+    def _head_or_adapter(self) -> RewardConfig:
+        if self.head_only and self.peft is not None:
+            raise ValueError("`head_only` trains no adapter: set `peft: null` beside it")
+        return self
 
 
 class DpoConfig(TrainingStageConfig):

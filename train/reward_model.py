@@ -7,7 +7,7 @@ TRL's RewardTrainer on a sequence-classification head. As in "The N+ Implementat
 training a bias is set so that demonstrations score 0 on average; it is kept beside the model in
 ``reward_calibration.json`` and subtracted by ``posttrain.models.score_ids``. The same file holds the
 temperature at which a difference of two scores is a probability (``train/reward_calibration.py``). Departure:
-LoRA by default, with the head trained and saved in full.
+LoRA by default, with the head trained and saved in full; ``head_only`` trains nothing but the head.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from posttrain.rundir import atomic_write_json
 from posttrain.stage import StageContext
 from train.callbacks import fit
 from train.config import RewardConfig
+from train.frozen_trunk import FrozenTrunk, in_place_of_trunk
 from train.peft_setup import (
     check_learned,
     length_limit,
@@ -70,23 +71,29 @@ def run(config: RewardConfig, context: StageContext) -> dict[str, Any]:
         eval_pairs, _ = load_pairs(context, "eval", tokenizer, max_length, config.margin)
     counts = {"train_pairs": len(pairs), "train_pairs_dropped_too_long": dropped}
 
+    args = build_args(config, context.checkpoints, max_length=max_length)
+    frozen = FrozenTrunk(model.base_model, args.bf16) if config.head_only else None
+    if frozen is not None:
+        dialogues = [dialogue for pair in pairs.ids + eval_pairs.ids for dialogue in pair]
+        with context.phase("read"), context.progress("reading", total=len(dialogues)) as bar:
+            frozen.read_ahead(dialogues, bar.advance)
+
     crossed: Predictions | None = None
     if config.folds:
         with context.phase("cross-validate"):
-            fold = partial(train_fold, config, context, tokenizer)
+            fold = partial(train_fold, config, context, tokenizer, frozen)
             crossed = cross_validate(context, config.folds, config.seed, pairs, fold)
 
-    args = build_args(config, context.checkpoints, max_length=max_length)
-    trainer = make_trainer(config, model, tokenizer, args, pairs, eval_pairs)
-    before = snapshot(trainer)
-    with context.phase("train"):
-        metrics = fit(trainer, context, "reward")
-    trained = check_learned(trainer, before)
-
-    with context.phase("calibrate"):
-        bias = measure_bias(config, context, trained, tokenizer)
-    with context.phase("evaluate"):
-        scores = score_pairs(trained, bias, eval_pairs.ids)
+    with in_place_of_trunk(model, frozen):
+        trainer = make_trainer(config, model, tokenizer, args, pairs, eval_pairs)
+        before = snapshot(trainer)
+        with context.phase("train"):
+            metrics = fit(trainer, context, "reward")
+        trained = check_learned(trainer, before)
+        with context.phase("calibrate"):
+            bias = measure_bias(config, context, trained, tokenizer)
+        with context.phase("evaluate"):
+            scores = score_pairs(trained, bias, eval_pairs.ids)
     held_out = crossed or Predictions(eval_pairs.groups, None, *scores)
     calibration = bias | measure_temperature(held_out.margins, held_out.groups, held_out.fold, config.seed)
     with context.phase("save"), context.staging("model") as folder:
@@ -147,6 +154,7 @@ def train_fold(
     config: RewardConfig,
     context: StageContext,
     tokenizer: PreTrainedTokenizerBase,
+    frozen: FrozenTrunk | None,
     seen: LabelledPairs,
     held_out: LabelledPairs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,8 +163,9 @@ def train_fold(
     args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     args.load_best_model_at_end = False
     model = load_classifier(config, context, tokenizer)
-    trainer = make_trainer(config, model, tokenizer, args, seen, None)
-    trainer.remove_callback(PrinterCallback)
-    before = snapshot(trainer)
-    trainer.train()
-    return score_pairs(check_learned(trainer, before), UNCALIBRATED, held_out.ids)
+    with in_place_of_trunk(model, frozen):
+        trainer = make_trainer(config, model, tokenizer, args, seen, None)
+        trainer.remove_callback(PrinterCallback)
+        before = snapshot(trainer)
+        trainer.train()
+        return score_pairs(check_learned(trainer, before), UNCALIBRATED, held_out.ids)

@@ -39,15 +39,10 @@ class LabelledPairs:
         )
 
     def dataset(self) -> Dataset:
-        """The columns that TRL's RewardTrainer takes as they are.
-
-        ``length``, that of the longer side, is what ``trainer.train_sampling_strategy: group_by_length``
-        reads.
-        """
+        """The columns that TRL's RewardTrainer takes as they are."""
         columns: dict[str, list] = {
             "chosen_ids": [chosen for chosen, _ in self.ids],
             "rejected_ids": [rejected for _, rejected in self.ids],
-            "length": [max(map(len, pair)) for pair in self.ids],
         }
         return Dataset.from_dict(columns if self.margins is None else columns | {"margin": self.margins})
 

@@ -7,18 +7,25 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import trl
+from pydantic import ValidationError
 
 from posttrain.calibration import calibration_report, fit_temperature, out_of_fold_temperature
 from posttrain.errors import DataError, UserError
-from posttrain.models import load_reward_model, load_tokenizer
+from posttrain.models import load_causal_lm, load_reward_model, load_tokenizer
 from tests.integration.conftest import file_names, load_adapter, read_rows
+from train.config import RewardConfig
 from train.encode import encode_whole
-from train.reward_scores import score_dialogues
+from train.frozen_trunk import FrozenTrunk
+from train.reward_model import load_classifier, make_trainer
+from train.reward_pairs import load_pairs
+from train.reward_scores import pair_accuracy, score_dialogues, score_pairs
+from train.trainer_args import build_args
 
 
 def _demonstrations(run, data):
@@ -144,22 +151,82 @@ def test_refuses_pairs_without_the_margin(run_stage, tmp_path, tiny_model_dir, m
         run_stage("reward", tmp_path / "run", preflight=False, model=tiny_model_dir, data=data, margin="gap")
 
 
-def test_centring_and_batches_of_like_length_reach_the_trainer(
-    run_stage, tmp_path, tiny_model_dir, preference_data
-):
+def test_centring_reaches_the_trainer(run_stage, tmp_path, tiny_model_dir, preference_data):
     """TRL adds coefficient x mean((r_chosen + r_rejected)^2) (2312.09244, eq. 2)."""
     losses = []
     for coefficient in (None, 100.0):
         run_dir = tmp_path / f"run-{coefficient}"
-        trainer = {
-            "max_steps": 1,
-            "logging_steps": 1,
-            "train_sampling_strategy": "group_by_length",
-            "center_rewards_coefficient": coefficient,
-        }
+        trainer = {"max_steps": 1, "logging_steps": 1, "center_rewards_coefficient": coefficient}
         run_stage("reward", run_dir, model=tiny_model_dir, data=preference_data, trainer=trainer)
         losses.append(next(row["loss"] for row in read_rows(run_dir) if "loss" in row))
     assert losses[1] > losses[0]
+
+
+HEAD_ONLY = {"peft": None, "head_only": True}
+
+
+def test_a_head_alone_is_trained_as_on_a_frozen_model(
+    run_stage, tmp_path, tiny_model_dir, preference_data, tiny_tokenizer
+):
+    """The oracle: TRL's trainer on the same model with every weight but the head's frozen."""
+    trainer = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "bf16": False}
+    metrics = run_stage(
+        "reward", tmp_path / "run", model=tiny_model_dir, data=preference_data, trainer=trainer, **HEAD_ONLY
+    )
+    context = SimpleNamespace(path=lambda name: {"model": tiny_model_dir, "data": preference_data}[name])
+    config = RewardConfig(model=str(tiny_model_dir), data=str(preference_data), peft=None, trainer=trainer)
+    model = load_classifier(config, context, tiny_tokenizer)
+    model.base_model.requires_grad_(False)
+    pairs, _ = load_pairs(context, "train", tiny_tokenizer, 128, None)
+    oracle = make_trainer(config, model, tiny_tokenizer, build_args(config, tmp_path / "oracle"), pairs, None)
+    oracle.train()
+
+    saved, _ = load_reward_model(tmp_path / "run" / "model")
+    torch.testing.assert_close(saved.score.weight, oracle.model.score.weight.detach().cpu())
+    start = load_causal_lm(tiny_model_dir).model.state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in saved.model.state_dict().items())
+    assert metrics["train_pairs"] == len(pairs)
+
+
+def test_a_head_alone_is_cross_validated_in_one_reading(
+    run_stage, tmp_path, tiny_model_dir, preference_data, monkeypatch
+):
+    """Each dialogue passes through the trunk once, over three folds, the final training and scoring."""
+    read = []
+    original = FrozenTrunk._read
+
+    def counting(self, dialogues):
+        read.extend(tuple(ids.tolist()) for ids in dialogues)
+        return original(self, dialogues)
+
+    monkeypatch.setattr(FrozenTrunk, "_read", counting)
+    run_dir = tmp_path / "run"
+    fields = HEAD_ONLY | {"model": tiny_model_dir, "data": preference_data, "folds": 3}
+    metrics = run_stage("reward", run_dir, trainer={"max_steps": 8}, **fields)
+    assert len(read) == len(set(read)) == 2 * (metrics["train_pairs"] + metrics["eval_pairs"])
+    model, calibration = load_reward_model(run_dir / "model")
+    tokenizer = load_tokenizer(run_dir / "model")
+    context = SimpleNamespace(path=lambda name: preference_data)
+    pairs, _ = load_pairs(context, "eval", tokenizer, 128, None)
+    accuracy = pair_accuracy(*score_pairs(model, calibration, pairs.ids))["accuracy"]
+    assert accuracy == metrics["eval_accuracy"], "the saved model, trunk and head, scores as was measured"
+
+
+def test_a_frozen_trunk_reads_padding_on_either_side_alike(tiny_model_dir):
+    trunk = load_causal_lm(tiny_model_dir).model
+    frozen = FrozenTrunk(trunk, bf16=False)
+    right = frozen(torch.tensor([[5, 6, 7, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])).last_hidden_state
+    left = frozen(torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 1, 1, 1]])).last_hidden_state
+    assert len(frozen) == 1 and right.shape[:2] == (1, 5) and left.shape[:2] == (1, 4)
+    alone = trunk(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1]
+    torch.testing.assert_close(right[0, 2], alone)
+    torch.testing.assert_close(left[0, 3], alone)
+    assert not list(frozen.parameters())
+
+
+def test_head_only_and_an_adapter_contradict_each_other():
+    with pytest.raises(ValidationError, match="set `peft: null` beside it"):
+        RewardConfig(model="a", data="b", head_only=True)
 
 
 def test_refuses_more_folds_than_groups(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):

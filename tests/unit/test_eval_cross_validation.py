@@ -31,11 +31,14 @@ def test_accuracy_counts_a_tie_as_half(reward_run, preference_data):
     assert report["ties"] == 1
     assert report["accuracy"]["value"] == pytest.approx((report["pairs"] - 0.5) / report["pairs"])
     assert set(report["baselines"]) == {"shorter_wins", "tfidf_bradley_terry"}
-    assert report["baselines"]["shorter_wins"]["accuracy"]["value"] == 0.0
+    shorter = report["baselines"]["shorter_wins"]
+    assert shorter["accuracy"]["value"] == 0.0
+    assert shorter["gain"]["value"] == pytest.approx(report["accuracy"]["value"])
+    assert shorter["gain"]["low"] <= shorter["gain"]["value"] <= shorter["gain"]["high"]
 
 
 def test_calibration_of_each_fold_comes_from_the_others(tmp_path, preference_data):
-    """Fold 0 with margins of 4, the others of 1: 3 of 4 right everywhere, so one temperature cannot suit both."""
+    """Margins of 4 in one fold, of 1 in the other, 3 of 4 right in both: neither's temperature suits both."""
     from data_prep.dataset import read_split
 
     rows = read_split(preference_data, "train", "preference").to_list()
