@@ -142,6 +142,7 @@ def card_markdown(info: dict[str, Any]) -> str:
         f"{100 * split['eval_fraction']:g} % of all values go to eval. A group is never on both sides, and "
         "lands on the same side in every data set with this salt and fraction.",
         "",
+        *_shortened(info),
         "## Lengths in characters",
         "",
         "| part | min | median | 95 % | max |",
@@ -165,6 +166,18 @@ def card_markdown(info: dict[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shortened(info: dict[str, Any]) -> list[str]:
+    if info["last_user_turns"] is None:
+        return []
+    return [
+        "## Shortened",
+        "",
+        f"Dialogues begin with the last {info['last_user_turns']} turns of the user; what came before was "
+        "cut, after the split group was taken from the whole dialogue.",
+        "",
+    ]
 
 
 def _balance(info: dict[str, Any]) -> list[str]:

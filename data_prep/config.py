@@ -124,6 +124,12 @@ class CurateConfig(StageConfig):
         "but unpaired_preference, which is single answers, each labelled true (good) or false (bad)."
     )
     sources: list[SourceConfig] = Field(min_length=1, description="Read in this order.")
+    last_user_turns: int | None = Field(
+        None,
+        ge=1,
+        description="Keep of each dialogue what begins with its Nth-last user turn, and a system turn. The "
+        "split group is that of the whole dialogue. Not for kind text.",
+    )
     filters: FilterConfig = Field(FilterConfig(), description="Length filters.")
     dedup: bool = Field(
         True, description="Drop records whose whole content (NFKC, case, whitespace aside) was seen before."
@@ -135,3 +141,9 @@ class CurateConfig(StageConfig):
         le=1,
         description="Largest share of unusable rows; above it the stage fails, writing nothing.",
     )
+
+    @model_validator(mode="after")
+    def _turns_to_count(self) -> CurateConfig:
+        if self.last_user_turns is not None and self.kind == "text":
+            raise ValueError("`last_user_turns` needs turns; kind text has none")
+        return self

@@ -24,6 +24,7 @@ from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_has
 from data_prep.dedup import SeenContent, content_key
 from data_prep.files import display_names, expand
 from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator
+from data_prep.projections import from_last_user_turns
 from data_prep.records import Record, excerpt
 from data_prep.split import default_group, side
 from posttrain.errors import DataError, Problem
@@ -140,6 +141,9 @@ def add(config: CurateConfig, curated: Curated, file: str, line: int, record: Re
     if isinstance(record, Reject):
         curated.dropped.append(record)
         return
+    group = record.group or default_group(record)
+    if config.last_user_turns is not None:
+        record = from_last_user_turns(record, config.last_user_turns)
     key = content_key(record)
     verdict = _filtered(config, curated, key, f"{file}:{line}", record)
     if verdict is not None:
@@ -147,7 +151,6 @@ def add(config: CurateConfig, curated: Curated, file: str, line: int, record: Re
         text = record.turns()[0][1]
         curated.dropped.append(Reject(file, line, reason, detail, excerpt(text)))
         return
-    group = record.group or default_group(record)
     if config.split.by == "record":
         group = key[:16]
     row = to_row(replace(record, id=_unique_id(curated.ids, record.id or key[:16]), group=group))
@@ -241,6 +244,7 @@ def describe(config: CurateConfig, curated: Curated) -> dict[str, Any]:
             {"name": at.name, "format": at.format, "rows": at.rows, "sha256": at.sha256, **at.details}
             for at in curated.sources
         ],
+        "last_user_turns": config.last_user_turns,
         "dedup": config.dedup,
         "filters": config.filters.model_dump(),
         "split": {"by": split.by, "salt": split.salt, "eval_fraction": split.eval_fraction, "groups": groups},

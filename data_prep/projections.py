@@ -1,12 +1,15 @@
-"""From one kind of record to another: a preference can be read as a demonstration, anything as its prompt."""
+"""Records made into others: of another kind (a preference as a demonstration, anything as its prompt), shorter."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from data_prep.records import (
     ConversationRecord,
     Kind,
+    Message,
     PreferenceRecord,
     PromptRecord,
     Record,
@@ -53,3 +56,22 @@ def project(record: Record, kind: Kind, use: Side = "chosen") -> Record:
     if kind == "text":
         return TextRecord("\n\n".join(text for _, text in record.turns()), **common)
     raise ValueError(f"a {record.kind} record cannot become {kind}")
+
+
+def from_last_user_turns(record: Record, count: int) -> Record:
+    """The record from its `count`-th last user turn on, with a leading system turn.
+
+    A record with fewer user turns stays as it is. Raises ValueError for a record of kind text.
+    """
+    if isinstance(record, ConversationRecord):
+        return replace(record, messages=_tail(record.messages, count))
+    if isinstance(record, (PreferenceRecord, UnpairedPreferenceRecord, PromptRecord)):
+        return replace(record, prompt=_tail(record.prompt, count))
+    raise ValueError(f"a {record.kind} record has no turns")
+
+
+def _tail(turns: Sequence[Message], count: int) -> tuple[Message, ...]:
+    users = [index for index, turn in enumerate(turns) if turn.role == "user"]
+    start = users[-count] if len(users) >= count else 0
+    system = [turn for turn in turns[:start] if turn.role == "system"]
+    return (*system, *turns[start:])

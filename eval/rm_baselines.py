@@ -19,9 +19,17 @@ def shorter_wins(preferred: Sequence[str], other: Sequence[str]) -> np.ndarray:
 
 
 def tfidf_bradley_terry(
-    preferred: Sequence[str], other: Sequence[str], groups: Sequence[Any], folds: int = 5, c: float = 1.0
+    preferred: Sequence[str],
+    other: Sequence[str],
+    groups: Sequence[Any],
+    fold: Sequence[int] | None = None,
+    folds: int = 5,
+    c: float = 1.0,
 ) -> np.ndarray | None:
     """Out-of-fold margin per pair, shape (n,), in log-odds; None with fewer distinct groups than folds.
+
+    `fold` gives the fold of each pair, so that a judge cross-validated elsewhere is met on its own folds;
+    without it the groups are dealt to `folds` folds.
 
     Features are word uni- and bigrams (sublinear counts), fitted on the training folds alone. Each training
     pair enters both ways round, so the fit does not depend on which answer is written first.
@@ -29,14 +37,18 @@ def tfidf_bradley_terry(
     from scipy.sparse import vstack
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import GroupKFold, PredefinedSplit
 
     labels = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
-    if labels.size == 0 or labels.max() + 1 < folds:
+    if fold is not None:
+        splits = PredefinedSplit(fold).split()
+    elif labels.size == 0 or labels.max() + 1 < folds:
         return None
+    else:
+        splits = GroupKFold(folds).split(labels, groups=labels)
     first, second = np.array(preferred, dtype=object), np.array(other, dtype=object)
     margins = np.empty(len(first))
-    for train, test in GroupKFold(folds).split(first, groups=labels):
+    for train, test in splits:
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"\S+")
         vectorizer.fit(np.concatenate([first[train], second[train]]))
         difference = vectorizer.transform(first[train]) - vectorizer.transform(second[train])

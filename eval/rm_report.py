@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from eval.calibration import calibration_report, cross_fitted_temperature, fit_temperature, pair_auc
 from eval.rm_baselines import shorter_wins, tfidf_bradley_terry
 from eval.statistics import correlation, proportion_interval
+from posttrain.calibration import calibration_report, cross_fitted_temperature, fit_temperature, pair_auc
 
 HISTOGRAM_BINS = 24
 
@@ -91,34 +91,37 @@ def _against(pairs: PairScores, winner: np.ndarray, settings: Settings) -> dict[
         "temperature": fit_temperature(margins),
         "before": calibration_report(margins, 1.0, settings.bins),
         "after": calibration_report(margins, crossed, settings.bins),
-        "baselines": baseline_summaries(better, worse, prompts, groups, settings)
+        "baselines": {
+            name: judge_summary(other, prompts, settings)
+            for name, other in baseline_margins(better, worse, groups).items()
+        }
         if settings.baselines
         else {},
     }
 
 
+def judge_outcomes(margins: np.ndarray) -> np.ndarray:
+    """Whether each pair is judged right: 1, 0, or 0.5 where both answers score equally."""
+    return np.where(margins == 0, 0.5, (margins > 0).astype(np.float64))
+
+
 def judge_summary(margins: np.ndarray, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
     """Accuracy with interval (equal scores half correct, and counted) and AUC of any judge's margins."""
-    outcomes = np.where(margins == 0, 0.5, (margins > 0).astype(np.float64))
+    outcomes = judge_outcomes(margins)
     accuracy = proportion_interval(outcomes, prompts, settings.confidence, settings.samples, settings.seed)
     return {"accuracy": accuracy.as_dict(), "ties": int((margins == 0).sum()), "auc": pair_auc(margins)}
 
 
-def baseline_summaries(
-    better: Sequence[str],
-    worse: Sequence[str],
-    prompts: Sequence[str],
-    groups: Sequence[str],
-    settings: Settings,
-) -> dict[str, dict[str, Any]]:
-    """What judges without understanding reach on the same pairs (`eval.rm_baselines`), by judge."""
-    if not settings.baselines:
-        return {}
-    summaries = {"shorter_wins": judge_summary(shorter_wins(better, worse), prompts, settings)}
-    margins = tfidf_bradley_terry(better, worse, groups)
-    if margins is not None:
-        summaries["tfidf_bradley_terry"] = judge_summary(margins, prompts, settings)
-    return summaries
+def baseline_margins(
+    better: Sequence[str], worse: Sequence[str], groups: Sequence[str], fold: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Margins of judges without understanding (`eval.rm_baselines`), by judge.
+
+    `fold`: of each pair, where the judge beside them was cross-validated; the one that is fitted then is too.
+    """
+    margins = {"shorter_wins": shorter_wins(better, worse)}
+    fitted = tfidf_bradley_terry(better, worse, groups, fold)
+    return margins if fitted is None else margins | {"tfidf_bradley_terry": fitted}
 
 
 def length_effects(pairs: PairScores) -> dict[str, Any]:

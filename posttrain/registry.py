@@ -92,6 +92,7 @@ STAGES: dict[str, StageSpec] = {
             check="train.trainer_args:check",
             preflight="train.preflight:check",
             outline=_OUTLINE,
+            version=2,
         ),
         _spec(
             "dpo",
@@ -163,6 +164,7 @@ STAGES: dict[str, StageSpec] = {
             "eval.stage:run",
             "Measure models side by side.",
             check="eval.config:check",
+            version=2,
         ),
         _spec(
             "merge",

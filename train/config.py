@@ -91,6 +91,16 @@ class RewardConfig(TrainingStageConfig):
         None, description="Demonstrations (kind conversation) whose mean reward is set to 0 after training."
     )
     calibration_rows: int = Field(512, ge=1, description="Demonstrations used for that, drawn with the seed.")
+    head_only: bool = Field(
+        False,
+        description="Train only the score head, on the model as it is (a linear probe); needs `peft: null`. "
+        "The model reads each dialogue once, so epochs and folds cost next to nothing.",
+    )
+    margin: str | None = Field(
+        None,
+        description="Key in the meta of a pair under which its margin stands: how much higher the chosen "
+        "answer is to score (TRL's column `margin`). `meta_columns` of the curate stage keeps it.",
+    )
     folds: int | None = Field(
         None,
         ge=2,
@@ -104,7 +114,7 @@ class RewardConfig(TrainingStageConfig):
     )
 
     @model_validator(mode="after")
-    def _one_head(self) -> Self:
+    def _head_or_adapter(self) -> Self:
         start = "new" if self.peft is None else self.peft.start
         if start == "stack":
             raise ValueError(
@@ -116,6 +126,8 @@ class RewardConfig(TrainingStageConfig):
                 f"folds is {self.folds} and peft.start is continue: the adapter may have been trained on the "
                 "very rows that a fold holds out, and its accuracy on them would mean nothing. Remove one"
             )
+        if self.head_only and self.peft is not None:
+            raise ValueError("`head_only` trains no adapter: set `peft: null` beside it")
         return self
 
 

@@ -6,30 +6,45 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from posttrain.errors import RequeueError, UserError
 from posttrain.preemption import PreemptionFlag
 from posttrain.rundir import atomic_write_json, atomic_write_text
 from posttrain.stage import StageContext
-from train.reward_scores import Pair, pair_accuracy
+from train.reward_pairs import LabelledPairs
 
-TrainFold = Callable[[int, PreemptionFlag, Sequence[Pair], Sequence[Pair]], tuple[torch.Tensor, torch.Tensor]]
+TrainFold = Callable[[int, PreemptionFlag, LabelledPairs, LabelledPairs], tuple[torch.Tensor, torch.Tensor]]
 """(number of the fold, SIGTERM, pairs to train on, held-out pairs) -> scores of the chosen and of the
 rejected held-out side."""
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Scores of N pairs by models that have not trained on them; float32, shape (N,).
+
+    `groups` of the pairs, and the `fold` that scored each; None where one model scored them all.
+    """
+
+    groups: list[str]
+    fold: list[int] | None
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+
+    @property
+    def margins(self) -> np.ndarray:
+        """Score of chosen less score of rejected, shape (N,)."""
+        return (self.chosen - self.rejected).double().numpy()
+
+
 def cross_validate(
-    context: StageContext,
-    folds: int,
-    seed: int,
-    rows: Sequence[dict],
-    pairs: Sequence[Pair],
-    train_fold: TrainFold,
-) -> dict[str, Any]:
-    """Write ``folds.jsonl`` (id, group, fold, chosen, rejected) and return the accuracy as ``cv_*``.
+    context: StageContext, folds: int, seed: int, pairs: LabelledPairs, train_fold: TrainFold
+) -> Predictions:
+    """Score every pair by a model trained on the other folds; ``folds.jsonl`` keeps the scores.
 
     A finished fold is kept in ``checkpoints/folds``, so that an interrupted run does not train it again.
 
@@ -37,40 +52,36 @@ def cross_validate(
         UserError: the data has fewer groups than folds.
         RequeueError: SIGTERM came; finished folds are kept, and a checkpoint of the one being trained.
     """
-    fold_of = assign_folds([row["group"] for row in rows], folds, seed)
+    fold_of = assign_folds(pairs.groups, folds, seed)
     store = context.checkpoints / "folds"
     store.mkdir(parents=True, exist_ok=True)
-    predictions: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     with PreemptionFlag() as flag, context.progress("folds", total=folds) as bar:
         for fold in range(folds):
             done = store / f"fold-{fold}.json"
             if not done.exists():
-                seen = [pair for pair, number in zip(pairs, fold_of, strict=True) if number != fold]
-                indices = [index for index, number in enumerate(fold_of) if number == fold]
-                chosen_N, rejected_N = train_fold(fold, flag, seen, [pairs[index] for index in indices])
-                scores = zip(indices, chosen_N.tolist(), rejected_N.tolist(), strict=True)
+                held_out = pairs.take([i for i, number in enumerate(fold_of) if number == fold])
+                seen = pairs.take([i for i, number in enumerate(fold_of) if number != fold])
+                chosen_N, rejected_N = train_fold(fold, flag, seen, held_out)
+                columns = (held_out.names, held_out.groups, chosen_N.tolist(), rejected_N.tolist())
                 atomic_write_json(
                     done,
                     [
-                        {
-                            "id": rows[i]["id"],
-                            "group": rows[i]["group"],
-                            "fold": fold,
-                            "chosen": c,
-                            "rejected": r,
-                        }
-                        for i, c, r in scores
+                        {"id": name, "group": group, "fold": fold, "chosen": chosen, "rejected": rejected}
+                        for name, group, chosen, rejected in zip(*columns, strict=True)
                     ],
                 )
-            predictions += json.loads(done.read_text(encoding="utf-8"))
+            rows += json.loads(done.read_text(encoding="utf-8"))
             bar.advance()
             if flag.requested:
                 raise RequeueError(f"fold {fold + 1} of {folds}")
-    lines = "".join(json.dumps(row) + "\n" for row in predictions)
-    atomic_write_text(context.run_dir / "folds.jsonl", lines)
-    chosen = torch.tensor([row["chosen"] for row in predictions])
-    rejected = torch.tensor([row["rejected"] for row in predictions])
-    return {f"cv_{name}": value for name, value in pair_accuracy(chosen, rejected).items()}
+    atomic_write_text(context.run_dir / "folds.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return Predictions(
+        [row["group"] for row in rows],
+        [row["fold"] for row in rows],
+        torch.tensor([row["chosen"] for row in rows]),
+        torch.tensor([row["rejected"] for row in rows]),
+    )
 
 
 def assign_folds(groups: Sequence[str], folds: int, seed: int) -> list[int]:

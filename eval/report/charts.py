@@ -252,7 +252,7 @@ def reliability(
 ) -> str:
     """Accuracy over confidence with the diagonal of perfect calibration; dots grow with the pairs in a bin.
 
-    Each curve is a name, its bins (see eval.calibration.reliability_bins) and a palette index.
+    Each curve is a name, its bins (see posttrain.calibration.reliability_bins) and a palette index.
     """
     lowest = min([0.5] + [row["accuracy"] for _, rows, _ in curves for row in rows])
     y_ticks = nice_ticks(lowest, 1.0)

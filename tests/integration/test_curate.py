@@ -113,6 +113,32 @@ def test_kinds_made_from_one_file_split_alike(tmp_path: Path) -> None:
     assert held_out["text"] == held_out["conversation"] == held_out["preference"] == held_out["prompt"]
 
 
+def test_shortened_dialogues_stay_on_their_side(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"question {n}"},
+                {"role": "assistant", "content": "yes"},
+                {"role": "user", "content": "and why?"},
+                {"role": "assistant", "content": f"because of {n}"},
+            ]
+        }
+        for n in range(40)
+    ]
+    source = save(tmp_path / "a.jsonl", rows)
+    curate(config("conversation", source), tmp_path / "whole")
+    curate(config("conversation", source, last_user_turns=1), tmp_path / "short")
+    for split in ("train", "eval"):
+        whole = read_split(tmp_path / "whole", split, "conversation")
+        short = read_split(tmp_path / "short", split, "conversation")
+        assert short["group"][:] == whole["group"][:]
+        for before, after in zip(whole["messages"], short["messages"], strict=True):
+            assert after == [before[0], *before[3:]]
+    assert "last 1 turns of the user" in (tmp_path / "short" / "card.md").read_text()
+    assert "Shortened" not in (tmp_path / "whole" / "card.md").read_text()
+
+
 def test_sources_are_read_in_order_with_their_own_settings(tmp_path: Path) -> None:
     for name in ("b", "a"):
         save(

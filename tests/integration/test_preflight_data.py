@@ -213,6 +213,11 @@ def test_chosen_that_is_nearly_always_longer_is_a_warning(warned, tiny_model_dir
     assert "rejected is the same text in 48 of 48 pairs (100.0%): 'assistant: No." in error
 
 
+def test_margins_that_the_pairs_do_not_have(refused, tiny_model_dir, preference_data):
+    fields = {"model": tiny_model_dir, "data": preference_data, "margin": "gap"}
+    refused("reward", "margin", "have no finite number under `gap`", "meta_columns: [gap]", **fields)
+
+
 def test_more_folds_than_groups(refused, tiny_model_dir, dataset, make_rows):
     pairs = [row | {"group": "all"} for row in make_rows["preference"](8, 0)]
     fields = {"model": tiny_model_dir, "data": dataset("preference", pairs), "folds": 4}

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import trl
+from pydantic import ValidationError
 
+from posttrain.calibration import calibration_report, fit_temperature, out_of_fold_temperature
 from posttrain.errors import DataError, UserError
-from posttrain.models import load_reward_model, load_tokenizer
+from posttrain.models import load_causal_lm, load_reward_model, load_tokenizer
 from tests.integration.conftest import file_names, load_adapter, read_rows
+from train.config import RewardConfig
 from train.encode import encode_whole
-from train.reward_scores import score_dialogues
+from train.frozen_trunk import FrozenTrunk
+from train.reward_model import load_classifier, make_trainer
+from train.reward_pairs import load_pairs
+from train.reward_scores import pair_accuracy, score_dialogues, score_pairs
+from train.trainer_args import build_args
 
 
 def _demonstrations(run, data):
@@ -89,6 +99,134 @@ def test_folds_score_every_pair_once_and_never_split_a_group(
     assert metrics["cv_accuracy"] == pytest.approx(correct)
     assert metrics["cv_accuracy_low"] < metrics["cv_accuracy"] < metrics["cv_accuracy_high"] or correct == 1.0
     assert metrics["bias"] == 0.0 and metrics["n"] == 0
+
+
+def test_the_temperature_is_of_scores_not_trained_on(
+    run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset
+):
+    """With folds of the out-of-fold margins, without of the eval margins; saved beside the model."""
+    rows = make_rows["preference"](24, 0)
+    for row in rows[::3]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    data = write_dataset(tmp_path / "data", "preference", rows, make_rows["preference"](9, 50))
+    for folds, source, count in ((3, "folds", 24), (None, "eval", 9)):
+        run_dir = tmp_path / source
+        metrics = run_stage(
+            "reward", run_dir, model=tiny_model_dir, data=data, folds=folds, trainer={"max_steps": 8}
+        )
+        saved = json.loads((run_dir / "model" / "reward_calibration.json").read_text())
+        assert (saved["temperature_from"], saved["temperature_pairs"]) == (source, count)
+        assert {name: metrics[name] for name in saved} == saved
+        assert 0 <= saved["ece_after"] <= 0.5 and saved["bias"] == 0.0
+    lines = [json.loads(line) for line in (tmp_path / "folds" / "folds.jsonl").read_text().splitlines()]
+    margins = np.array([line["chosen"] - line["rejected"] for line in lines])
+    saved = json.loads((tmp_path / "folds" / "model" / "reward_calibration.json").read_text())
+    assert saved["temperature"] == pytest.approx(fit_temperature(margins), rel=1e-6)
+    crossed = out_of_fold_temperature(margins, np.array([line["fold"] for line in lines]))
+    assert saved["ece_after"] == pytest.approx(calibration_report(margins, crossed)["ece"])
+    assert saved["ece_before"] == pytest.approx(calibration_report(margins)["ece"])
+
+
+def test_a_margin_in_the_meta_enters_the_loss(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):
+    """-log sigmoid(r_chosen - r_rejected - margin): a margin of 50 costs about 50 nats more."""
+    rows = make_rows["preference"](8, 0)
+    losses = {}
+    for name, value in (("none", None), ("zero", 0), ("fifty", 50)):
+        marked = [row | ({} if value is None else {"meta": json.dumps({"gap": value})}) for row in rows]
+        data = write_dataset(tmp_path / f"data-{name}", "preference", marked, marked)
+        run_dir = tmp_path / name
+        trainer = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 8}
+        margin = {} if value is None else {"margin": "gap"}
+        run_stage("reward", run_dir, model=tiny_model_dir, data=data, trainer=trainer, **margin)
+        losses[name] = next(row["loss"] for row in read_rows(run_dir) if "loss" in row)
+    assert losses["zero"] == losses["none"]
+    assert losses["fifty"] == pytest.approx(50 + losses["none"] - math.log(2), abs=1.0)
+
+
+def test_refuses_pairs_without_the_margin(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):
+    rows = [row | {"meta": json.dumps({"gap": 1.5})} for row in make_rows["preference"](8, 0)]
+    rows[2]["meta"] = json.dumps({"gap": "wide"})
+    data = write_dataset(tmp_path / "data", "preference", rows, rows[:2])
+    with pytest.raises(DataError, match=r"margin: 1 of 8 pairs .* `gap` .* preference-2 \('wide'\)"):
+        run_stage("reward", tmp_path / "run", preflight=False, model=tiny_model_dir, data=data, margin="gap")
+
+
+def test_centring_reaches_the_trainer(run_stage, tmp_path, tiny_model_dir, preference_data):
+    """TRL adds coefficient x mean((r_chosen + r_rejected)^2) (2312.09244, eq. 2)."""
+    losses = []
+    for coefficient in (None, 100.0):
+        run_dir = tmp_path / f"run-{coefficient}"
+        trainer = {"max_steps": 1, "logging_steps": 1, "center_rewards_coefficient": coefficient}
+        run_stage("reward", run_dir, model=tiny_model_dir, data=preference_data, trainer=trainer)
+        losses.append(next(row["loss"] for row in read_rows(run_dir) if "loss" in row))
+    assert losses[1] > losses[0]
+
+
+HEAD_ONLY = {"peft": None, "head_only": True}
+
+
+def test_a_head_alone_is_trained_as_on_a_frozen_model(
+    run_stage, tmp_path, tiny_model_dir, preference_data, tiny_tokenizer
+):
+    """The oracle: TRL's trainer on the same model with every weight but the head's frozen."""
+    trainer = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "bf16": False}
+    metrics = run_stage(
+        "reward", tmp_path / "run", model=tiny_model_dir, data=preference_data, trainer=trainer, **HEAD_ONLY
+    )
+    context = SimpleNamespace(path=lambda name: {"model": tiny_model_dir, "data": preference_data}[name])
+    config = RewardConfig(model=str(tiny_model_dir), data=str(preference_data), peft=None, trainer=trainer)
+    model = load_classifier(config, context, tiny_tokenizer)
+    model.base_model.requires_grad_(False)
+    pairs, _ = load_pairs(context, "train", tiny_tokenizer, 128, None)
+    oracle = make_trainer(config, model, tiny_tokenizer, build_args(config, tmp_path / "oracle"), pairs, None)
+    oracle.train()
+
+    saved, _ = load_reward_model(tmp_path / "run" / "model")
+    torch.testing.assert_close(saved.score.weight, oracle.model.score.weight.detach().cpu())
+    start = load_causal_lm(tiny_model_dir).model.state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in saved.model.state_dict().items())
+    assert metrics["train_pairs"] == len(pairs)
+
+
+def test_a_head_alone_is_cross_validated_in_one_reading(
+    run_stage, tmp_path, tiny_model_dir, preference_data, monkeypatch
+):
+    """Each dialogue passes through the trunk once, over three folds, the final training and scoring."""
+    read = []
+    original = FrozenTrunk._read
+
+    def counting(self, dialogues):
+        read.extend(tuple(ids.tolist()) for ids in dialogues)
+        return original(self, dialogues)
+
+    monkeypatch.setattr(FrozenTrunk, "_read", counting)
+    run_dir = tmp_path / "run"
+    fields = HEAD_ONLY | {"model": tiny_model_dir, "data": preference_data, "folds": 3}
+    metrics = run_stage("reward", run_dir, trainer={"max_steps": 8}, **fields)
+    assert len(read) == len(set(read)) == 2 * (metrics["train_pairs"] + metrics["eval_pairs"])
+    model, calibration = load_reward_model(run_dir / "model")
+    tokenizer = load_tokenizer(run_dir / "model")
+    context = SimpleNamespace(path=lambda name: preference_data)
+    pairs, _ = load_pairs(context, "eval", tokenizer, 128, None)
+    accuracy = pair_accuracy(*score_pairs(model, calibration, pairs.ids))["accuracy"]
+    assert accuracy == metrics["eval_accuracy"], "the saved model, trunk and head, scores as was measured"
+
+
+def test_a_frozen_trunk_reads_padding_on_either_side_alike(tiny_model_dir):
+    trunk = load_causal_lm(tiny_model_dir).model
+    frozen = FrozenTrunk(trunk, bf16=False)
+    right = frozen(torch.tensor([[5, 6, 7, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])).last_hidden_state
+    left = frozen(torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 1, 1, 1]])).last_hidden_state
+    assert len(frozen) == 1 and right.shape[:2] == (1, 5) and left.shape[:2] == (1, 4)
+    alone = trunk(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1]
+    torch.testing.assert_close(right[0, 2], alone)
+    torch.testing.assert_close(left[0, 3], alone)
+    assert not list(frozen.parameters())
+
+
+def test_head_only_and_an_adapter_contradict_each_other():
+    with pytest.raises(ValidationError, match="set `peft: null` beside it"):
+        RewardConfig(model="a", data="b", head_only=True)
 
 
 def test_refuses_more_folds_than_groups(run_stage, tmp_path, tiny_model_dir, make_rows, write_dataset):

@@ -99,6 +99,15 @@ def test_tfidf_learns_a_word_and_needs_five_groups() -> None:
     assert tfidf_bradley_terry(better, worse, [f"g{i % 4}" for i in range(60)]) is None
 
 
+def test_tfidf_learns_from_the_other_folds_it_is_given() -> None:
+    """A word that decides is known to a fold only where another fold holds it."""
+    better, worse = ["good a", "good b", "kind a", "kind b"], ["bad a", "bad b", "rude a", "rude b"]
+    margins = tfidf_bradley_terry(better, worse, list("wxyz"), fold=[0, 1, 2, 2])
+    assert margins is not None
+    assert (margins[:2] > 0.01).all()
+    assert np.abs(margins[2:]).max() < 1e-9
+
+
 def test_tfidf_does_not_see_its_own_fold() -> None:
     # Winner and loser differ by one random word each, so nothing carries over from fold to fold.
     rng = np.random.default_rng(0)

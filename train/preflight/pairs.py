@@ -9,7 +9,7 @@ from pathlib import Path
 from peft import TaskType
 from transformers import PreTrainedTokenizerBase
 
-from posttrain.errors import UserError
+from posttrain.errors import DataError, UserError
 from posttrain.preflight import Findings
 from train.config import CpoConfig, DpoConfig, KtoConfig, OrpoConfig, RewardConfig
 from train.encode import identical_sides, open_ended, render_whole
@@ -25,6 +25,7 @@ from train.preflight.tokens import (
 )
 from train.preflight.trained import check_trained
 from train.reward_folds import assign_folds
+from train.reward_pairs import read_margins
 
 MAX_PROMPT_MISMATCH = 0.01
 EXTREME = 0.9
@@ -47,6 +48,7 @@ def check_pairs(config: PairsConfig, paths: Mapping[str, Path], run_dir: Path) -
     check_trained(config, task, paths, samples, run_dir, findings)
     if isinstance(config, RewardConfig):
         _check_folds(config, samples, findings)
+        _check_margins(config, samples, findings)
     if "model" not in paths:
         return findings
     read = read_model(paths["model"], findings)
@@ -161,6 +163,15 @@ def _check_folds(config: RewardConfig, samples: Sequence[Sample], findings: Find
         except UserError as error:
             message, _, remedy = str(error).removeprefix("folds: ").partition("; ")
             findings.fail("folds", message, remedy)
+
+
+def _check_margins(config: RewardConfig, samples: Sequence[Sample], findings: Findings) -> None:
+    for sample in samples if config.margin is not None else []:
+        try:
+            read_margins(sample.rows, config.margin or "")
+        except DataError as error:
+            message, _, remedy = str(error).removeprefix("margin: ").partition("\n    ")
+            findings.fail("margin", f"{sample.where}: {message}", remedy)
 
 
 def _check_calibration(

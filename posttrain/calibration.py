@@ -82,18 +82,23 @@ def two_folds(groups: Sequence[Any], seed: int = 0) -> np.ndarray:
     return (order % 2)[labels]
 
 
-def cross_fitted_temperature(margins: np.ndarray, groups: Sequence[Any], seed: int = 0) -> np.ndarray:
-    """Temperature per row, fitted on the half of the groups the row is not in, shape as `margins`.
+def out_of_fold_temperature(margins: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """Temperature per row, fitted on the rows of the other folds, shape as `margins`.
 
-    With a single group there is no other half, and the temperature stays 1.
+    With a single fold there are no others, and the temperature stays 1.
     """
     m = np.asarray(margins, dtype=np.float64)
-    fold = two_folds(groups, seed)
     temperature = np.ones_like(m)
-    if fold.min() != fold.max():
-        for side in (0, 1):
-            temperature[fold == side] = fit_temperature(m[fold != side])
+    folds = np.unique(fold)
+    if folds.size > 1:
+        for one in folds:
+            temperature[fold == one] = fit_temperature(m[fold != one])
     return temperature
+
+
+def cross_fitted_temperature(margins: np.ndarray, groups: Sequence[Any], seed: int = 0) -> np.ndarray:
+    """`out_of_fold_temperature` with two folds, each of half the groups."""
+    return out_of_fold_temperature(margins, two_folds(groups, seed))
 
 
 def calibration_report(

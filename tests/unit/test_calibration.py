@@ -9,13 +9,14 @@ import pytest
 from sklearn.metrics import brier_score_loss, roc_auc_score
 from sklearn.metrics import log_loss as sklearn_log_loss
 
-from eval.calibration import (
+from posttrain.calibration import (
     brier,
     calibration_report,
     cross_fitted_temperature,
     expected_calibration_error,
     fit_temperature,
     log_loss,
+    out_of_fold_temperature,
     pair_auc,
     reliability_bins,
     two_folds,
@@ -96,3 +97,12 @@ def test_cross_fitting_never_uses_the_pairs_own_group() -> None:
 
 def test_one_group_leaves_the_temperature_alone() -> None:
     assert cross_fitted_temperature(np.array([1.0, -2.0]), ["a", "a"]).tolist() == [1.0, 1.0]
+
+
+def test_each_fold_has_its_temperature_from_the_others() -> None:
+    margins = np.array([1.0, 1.0, 1.0, -1.0, 2.0, 2.0, 2.0, -2.0])
+    temperature = out_of_fold_temperature(margins, np.repeat([0, 1], 4))
+    # Three of four pairs are right on both sides: T = margin / log 3 (see above), taken from the other side.
+    assert temperature[:4] == pytest.approx(2 / math.log(3), rel=1e-4)
+    assert temperature[4:] == pytest.approx(1 / math.log(3), rel=1e-4)
+    assert out_of_fold_temperature(margins, np.zeros(8)).tolist() == [1.0] * 8
