@@ -1,0 +1,223 @@
+"""One run of `bench_sft.py` in a process of its own: train as a rung says, then look at what came of it.
+
+    python scripts/bench_sft_side.py FOLDER RUNG SEED RESULT.json
+
+`trl` is TRL's own script (`trl.scripts.sft`) with its own command line; `ours` is the sft stage. Both end in
+the same trainer and collator, where the same clock, token count and memory are read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench_ppo_common import PeakMemory, now
+from bench_sft_common import RUNGS, Rung, Settings
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+class Recorder:
+    """What the training steps of one run were: when each ended, what each batch held, peak memory.
+
+    Batches are counted where TRL's collator makes them. One is made ahead of the step that reads it, and the
+    evaluation's come after training, so the first ones are those of the steps.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.ends: list[float] = []
+        self.batches: list[dict[str, int]] = []
+        self.memory: dict[str, float] = {}
+        self._peak = PeakMemory(device)
+
+    def install(self) -> None:
+        """Read along in every trainer and collator made from now on."""
+        import transformers.trainer
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+        recorder, collate = self, DataCollatorForLanguageModeling.torch_call
+
+        class Clock(transformers.TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                recorder.ends.append(now(recorder.device))
+
+            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                recorder.ends.append(now(recorder.device))
+                if state.global_step == state.max_steps:
+                    recorder.memory = recorder._peak.read()
+
+        def counted(self: Any, examples: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = collate(self, examples)
+            cells = batch["input_ids"].numel()
+            tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else cells
+            supervised = int((batch["labels"] != -100).sum())
+            recorder.batches.append({"cells": cells, "tokens": tokens, "supervised": supervised})
+            return batch
+
+        transformers.trainer.DEFAULT_CALLBACKS.append(Clock)
+        DataCollatorForLanguageModeling.torch_call = counted
+
+
+def train_trl(settings: Settings, rung: Rung, folder: Path, seed: int, output: Path) -> Path:
+    """`trl sft` as its command line runs it; returns the directory of the model."""
+    from trl.scripts.sft import main, make_parser
+
+    arguments = {
+        "model_name_or_path": folder / ("start" if rung.lora else "model"),
+        "dataset_name": folder / "peer",
+        "output_dir": output / "model",
+        "max_steps": settings.steps,
+        "seed": seed,
+        "learning_rate": settings.lora_learning_rate if rung.lora else settings.learning_rate,
+    }
+    if settings.batch_size != 8:
+        arguments["per_device_train_batch_size"] = settings.batch_size
+    if settings.device == "cpu":  # without it TRL's own default, bf16, is an error where there is no GPU
+        arguments["use_cpu"] = True
+    arguments |= rung.trainer
+    command = [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    if rung.lora:
+        command += ["--use_peft", "--lora_r", str(settings.lora_rank)]
+        command += ["--lora_alpha", str(2 * settings.lora_rank), "--lora_dropout", "0"]
+        command += ["--lora_target_modules", "all-linear"]
+    main(*make_parser().parse_args_and_config(command, fail_with_unknown_args=False))
+    return output / "model"
+
+
+def train_ours(settings: Settings, rung: Rung, folder: Path, seed: int, output: Path) -> Path:
+    """The sft stage; returns the directory of the model."""
+    from posttrain.stage import execute_stage
+    from train.config import SftConfig
+
+    rate = settings.lora_learning_rate if rung.lora else settings.learning_rate
+    trainer: dict[str, Any] = {"max_steps": settings.steps, "learning_rate": rate}
+    if settings.batch_size != 8:
+        trainer["per_device_train_batch_size"] = settings.batch_size
+    config = SftConfig.model_validate(
+        {
+            "model": str(folder / ("start" if rung.lora else "model")),
+            "data": str(folder / "data"),
+            "seed": seed,
+            "peft": {"r": settings.lora_rank, "lora_alpha": 2 * settings.lora_rank} if rung.lora else None,
+            "attn_implementation": rung.attention,
+            "trainer": trainer | rung.trainer,
+        }
+    )
+    execute_stage("sft", config, output)
+    return output / "model"
+
+
+def held_out_loss(settings: Settings, folder: Path, model_dir: Path) -> dict[str, float]:
+    """Mean negative log-likelihood (nats) of the supervised tokens of the held-out rows, in float32."""
+    import torch
+    import torch.nn.functional as F
+
+    from data_prep.dataset import read_split
+    from posttrain.models import load_causal_lm, load_tokenizer
+    from train.encode import encode_conversations
+
+    tokenizer = load_tokenizer(folder / "model")
+    rows = read_split(folder / "data", "eval", "conversation").select(range(settings.held_out))
+    encoded = encode_conversations(tokenizer, list(rows["messages"]), list(rows["id"]))
+    encoded.sort(key=lambda row: len(row.input_ids))
+    model = load_causal_lm(model_dir).to(settings.device)
+    total, count = 0.0, 0
+    for start in range(0, len(encoded), 16):
+        batch = encoded[start : start + 16]
+        width = max(len(row.input_ids) for row in batch)
+        ids_BT = torch.full((len(batch), width), tokenizer.pad_token_id)
+        labels_BT = torch.full((len(batch), width), -100)
+        for index, row in enumerate(batch):
+            ids_BT[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
+            labels_BT[index, : len(row.labels)] = torch.tensor(row.labels)
+        with torch.no_grad():
+            logits = model(input_ids=ids_BT.to(settings.device), use_cache=False).logits[:, :-1].float()
+        targets = labels_BT[:, 1:].to(settings.device)
+        total += float(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+        count += int((targets != -100).sum())
+    return {"loss": total / count, "tokens": count}
+
+
+def needed_flops(settings: Settings, rung: Rung, batches: list[dict[str, int]], rows: int) -> float:
+    """Floating-point operations that the model needs for these batches: real tokens, and the language-model
+    head only where there is a label."""
+    from train.ppo.throughput import Attention, model_flops
+
+    per_layer = 4 * settings.hidden**2 + 3 * settings.hidden * settings.intermediate
+    tokens = sum(batch["tokens"] for batch in batches)
+    supervised = sum(batch["supervised"] for batch in batches)
+    attention = Attention(settings.layers, settings.hidden, context=tokens / rows / 2)
+    body = model_flops(
+        settings.layers * per_layer, tokens, trained=True, frozen_backbone=rung.lora, attention=attention
+    )
+    head = model_flops(
+        settings.hidden * settings.vocabulary, supervised, trained=True, frozen_backbone=rung.lora
+    )
+    adapter = 0.0
+    if rung.lora:
+        sizes = 4 * (2 * settings.hidden) + 3 * (settings.hidden + settings.intermediate)
+        adapter = model_flops(settings.lora_rank * sizes * settings.layers, tokens, trained=True)
+    return body + head + adapter
+
+
+def summarise(settings: Settings, rung: Rung, recorder: Recorder) -> dict[str, Any]:
+    """Speed of the timed steps; shares and counts of all steps."""
+    import torch
+
+    from train.ppo.throughput import matmul_throughput, utilisation
+
+    steps = len(recorder.ends) - 1
+    trained = recorder.batches[:steps]
+    timed = trained[settings.warmup :]
+    seconds = recorder.ends[-1] - recorder.ends[settings.warmup]
+    tokens = sum(batch["tokens"] for batch in timed)
+    bf16 = rung.trainer.get("bf16", rung.side == "trl" or settings.device == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    rate = matmul_throughput(torch.device(settings.device), dtype)
+    flops = needed_flops(settings, rung, timed, settings.batch_size * len(timed))
+    return {
+        "steps": steps,
+        "tokens": sum(batch["tokens"] for batch in trained),
+        "supervised_tokens": sum(batch["supervised"] for batch in trained),
+        "padding": 1 - sum(b["tokens"] for b in trained) / sum(b["cells"] for b in trained),
+        "seconds": seconds,
+        "seconds_warmup": recorder.ends[settings.warmup] - recorder.ends[0],
+        "seconds_per_step": [b - a for a, b in zip(recorder.ends, recorder.ends[1:], strict=False)],
+        "tokens_per_second": tokens / seconds,
+        "mfu": utilisation(flops, seconds, rate),
+        "matmul_flops_per_second": rate,
+        "matmul_dtype": str(dtype).removeprefix("torch."),
+        "memory": recorder.memory,
+    }
+
+
+def main() -> None:
+    folder, name, seed, result = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4])
+    settings, rung = Settings.read(folder / "settings.json"), RUNGS[name]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    import trl.scripts.sft  # noqa: F401  (before memory is measured)
+    from trl import SFTTrainer  # noqa: F401
+
+    import train.sft  # noqa: F401
+
+    recorder = Recorder(settings.device)
+    recorder.install()
+    started = time.perf_counter()
+    train = train_trl if rung.side == "trl" else train_ours
+    model = train(settings, rung, folder, seed, result.with_suffix(""))
+    whole = time.perf_counter() - started
+    report = summarise(settings, rung, recorder) | {"seconds_whole": whole}
+    report["held_out"] = held_out_loss(settings, folder, model)
+    result.write_text(json.dumps(report), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
