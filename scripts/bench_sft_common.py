@@ -31,6 +31,7 @@ class Settings:
     lora_learning_rate: float = 1e-3
     lora_rank: int = 16
     held_out: int = 256
+    eval_fraction: float = 0.04
     threads: int = 2
     seed: int = 0
 
@@ -43,7 +44,7 @@ class Settings:
 
 
 SMOKE = Settings(
-    hidden=32, intermediate=64, layers=2, heads=2, vocabulary=400, positions=512, steps=6, warmup=2, held_out=16
+    hidden=32, intermediate=64, layers=2, heads=2, vocabulary=400, positions=512, steps=6, warmup=2, held_out=16, eval_fraction=0.1
 )
 PRESETS = {
     "cpu": Settings(),
@@ -65,32 +66,33 @@ PRESETS = {
 @dataclass(frozen=True)
 class Rung:
     """One way to train. trainer: our trainer block on top of steps, batch and learning rate; attention: our
-    attn_implementation; fused: LoRA layers in fewer passes over memory; devices: where it is in the ladder."""
+    attn_implementation; whole_head: the head at every position, as TRL's trainer has it on a CPU; devices: where
+    it is in the ladder."""
 
     title: str
     side: Literal["trl", "ours"]
     trainer: dict[str, Any] = field(default_factory=dict)
     lora: bool = False
     attention: str | None = None
-    fused: bool | None = None
+    whole_head: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
-
-
-def _with(**changes: Any) -> dict[str, Any]:
-    return TRL_DEFAULTS | changes
 
 
 RUNGS: dict[str, Rung] = {
     "trl": Rung("`trl sft`, its own defaults", "trl"),
     "trl-float32": Rung("`trl sft --bf16 False`", "trl", {"bf16": False}, devices=("cpu",)),
-    "same": Rung("posttrain with TRL's settings", "ours", _with()),
+    "same": Rung("posttrain with TRL's settings", "ours", TRL_DEFAULTS, whole_head=True),
     "no-checkpointing": Rung(
-        "and no activation checkpointing", "ours", _with(activation_checkpointing=False)
-    ),
-    "float32": Rung(
-        "and float32 instead of bfloat16",
+        "and no activation checkpointing",
         "ours",
-        _with(activation_checkpointing=False, bf16=False),
+        TRL_DEFAULTS | {"activation_checkpointing": False},
+        whole_head=True,
+    ),
+    "grouped": Rung(
+        "and rows of similar length in a batch",
+        "ours",
+        {"activation_checkpointing": False, "bf16": True},
+        whole_head=True,
         devices=("cpu",),
     ),
     "defaults": Rung("**posttrain, its own defaults**", "ours"),
@@ -106,5 +108,4 @@ RUNGS: dict[str, Rung] = {
     "flash": Rung("defaults on flash attention 2", "ours", attention="flash_attention_2", devices=("cuda",)),
     "trl-lora": Rung("`trl sft --use_peft`, its own defaults", "trl", lora=True),
     "lora": Rung("**posttrain with LoRA, its own defaults**", "ours", lora=True),
-    "lora-fused": Rung("LoRA with fused layers", "ours", lora=True, fused=True),
 }

@@ -91,9 +91,12 @@ def train_trl(settings: Settings, rung: Rung, folder: Path, seed: int, output: P
 
 def train_ours(settings: Settings, rung: Rung, folder: Path, seed: int, output: Path) -> Path:
     """The sft stage; returns the directory of the model."""
+    import train.sft
     from posttrain.stage import execute_stage
     from train.config import SftConfig
 
+    if rung.whole_head:
+        train.sft.score_supervised_only = lambda model: False
     rate = settings.lora_learning_rate if rung.lora else settings.learning_rate
     trainer: dict[str, Any] = {"max_steps": settings.steps, "learning_rate": rate}
     if settings.batch_size != 8:

@@ -26,7 +26,9 @@ def curate(settings: Settings, folder: Path) -> None:
     source: dict[str, Any] = {"generator": "support_desk", "rows": 400}
     if settings.data:
         source = {"path": settings.data, "columns": {"prompt": "question", "completion": "answer"}}
-    config = CurateConfig.model_validate({"kind": "conversation", "sources": [source]})
+    # Few rows to evaluate on: our stage evaluates when it is done, TRL's script does not, and neither is timed.
+    split = {"eval_fraction": settings.eval_fraction}
+    config = CurateConfig.model_validate({"kind": "conversation", "sources": [source], "split": split})
     execute_stage("curate", config, folder)
 
 

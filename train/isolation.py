@@ -25,14 +25,15 @@ PROBE = 48
 def check_isolation(trainer: SFTTrainer, rows: Sequence[Sequence[int]]) -> float:
     """Change one row of a sequence and see whether the logits of the next one change; returns by how much.
 
-    rows: token ids of at least two rows, each of at least two tokens. Nothing is looked at, and 0 returned,
-    where the trainer puts one row into each sequence, and where the model is not whole before training begins
-    (FSDP, DeepSpeed).
+    rows: token ids of rows, of which the first two are taken. Nothing is looked at, and 0 returned, where the
+    trainer puts one row into each sequence or there is only one, and where the model is not whole before
+    training begins (FSDP, DeepSpeed).
 
     Raises:
         UserError: the rows see each other; it says which attention it was.
     """
-    if not trainer.padding_free or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if not trainer.padding_free or sharded or len(rows) < 2:
         return 0.0
     first, second = [list(row[:PROBE]) for row in rows[:2]]
     # A repeated token instead of the row's own text: another context in every respect that attention sees.

@@ -19,7 +19,7 @@ WINDOW = 50
 
 
 def length_grouped_order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[int]:
-    """Row indices of one epoch, each once: every `batch_size` of them in a row are of similar length.
+    """Row indices of one epoch, each once: every `batch_size` of them in turn are of similar length.
 
     The rows are shuffled, sorted within windows of WINDOW batches, and the batches shuffled. The one with the
     longest row comes first, so that what does not fit in memory fails in the first step; rows that do not fill
@@ -57,9 +57,9 @@ class LengthGroupedSampler(Sampler[int]):
 class GroupedSFTTrainer(SFTTrainer):
     """TRL's SFTTrainer, whose ``group_by_length`` is the order above.
 
-    Batches that the processes take at the same time are of similar length; with gradient accumulation an
-    optimizer step mixes lengths. Evaluation reads its rows in order whatever the strategy: ``eval_loss`` is a
-    mean over batches, and would change with the way they are made.
+    The rows of an optimizer step are of similar length, and the same however it is divided into accumulation
+    steps and processes. Evaluation reads its rows in order whatever the strategy: ``eval_loss`` is a mean over
+    batches, and would change with the way they are made.
     """
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -68,7 +68,7 @@ class GroupedSFTTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         return LengthGroupedSampler(
             [len(ids) for ids in rows["input_ids"]],
-            self.args.train_batch_size * self.args.world_size,
+            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             self.args.seed,
             # Reached at the start of an epoch and when one is resumed; the state counts in fractions of epochs.
             lambda: int(self.state.epoch or 0),

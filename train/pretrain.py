@@ -21,6 +21,7 @@ from posttrain.models import load_tokenizer
 from posttrain.stage import StageContext
 from train.config import PretrainConfig
 from train.finish import train_and_save
+from train.isolation import check_isolation
 from train.peft_setup import length_limit, load_policy, lora_config, quiet_libraries
 from train.trainer_args import build_args
 
@@ -42,6 +43,7 @@ def run(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
         train_rows, counts = load_windows(context, "train", tokenizer, max_length)
         eval_rows, _ = load_windows(context, "eval", tokenizer, max_length)
 
+    probe = train_rows[:2]["input_ids"]
     trainer = SFTTrainer(
         model=model,
         args=build_args(config, context.checkpoints, max_length=max_length),
@@ -50,6 +52,7 @@ def run(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=lora_config(config.peft, TaskType.CAUSAL_LM),
     )
+    check_isolation(trainer, probe)
     return counts | train_and_save(trainer, tokenizer, context, "pretrain")
 
 
