@@ -44,7 +44,16 @@ class Settings:
 
 
 SMOKE = Settings(
-    hidden=32, intermediate=64, layers=2, heads=2, vocabulary=400, positions=512, steps=6, warmup=2, held_out=16, eval_fraction=0.1
+    hidden=32,
+    intermediate=64,
+    layers=2,
+    heads=2,
+    vocabulary=400,
+    positions=512,
+    steps=6,
+    warmup=2,
+    held_out=16,
+    eval_fraction=0.1,
 )
 PRESETS = {
     "cpu": Settings(),
@@ -65,9 +74,9 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to train. trainer: our trainer block on top of steps, batch and learning rate; attention: our
-    attn_implementation; whole_head: the head at every position, as TRL's trainer has it on a CPU; devices: where
-    it is in the ladder."""
+    """One way to train. trainer: our trainer block on top of steps, batch and learning rate (TRL's flags on its
+    side); attention: our attn_implementation; whole_head: the head at every position, as TRL's trainer has it
+    on a CPU; devices: where it is in the ladder."""
 
     title: str
     side: Literal["trl", "ours"]
@@ -97,7 +106,7 @@ RUNGS: dict[str, Rung] = {
     ),
     "defaults": Rung("**posttrain, its own defaults**", "ours"),
     "bf16": Rung("defaults, with bfloat16", "ours", {"bf16": True}, devices=("cpu",)),
-    "packing": Rung("defaults, with packing (bfd)", "ours", {"packing": True, "max_length": 512}),
+    "packing": Rung("defaults, with packing (bfd)", "ours", {"packing": True}),
     "padding-free": Rung(
         "defaults, with padding_free", "ours", {"padding_free": True, "train_sampling_strategy": "random"}
     ),

@@ -9,6 +9,7 @@ the same trainer and collator, where the same clock, token count and memory are 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -63,12 +64,18 @@ class Recorder:
         DataCollatorForLanguageModeling.torch_call = counted
 
 
+def start(folder: Path, rung: Rung) -> Path:
+    """The model that a rung starts from: with LoRA what an earlier rung has trained, if there was one."""
+    learned = folder / "start"
+    return learned if rung.lora and learned.is_dir() else folder / "model"
+
+
 def train_trl(settings: Settings, rung: Rung, folder: Path, seed: int, output: Path) -> Path:
     """`trl sft` as its command line runs it; returns the directory of the model."""
     from trl.scripts.sft import main, make_parser
 
     arguments = {
-        "model_name_or_path": folder / ("start" if rung.lora else "model"),
+        "model_name_or_path": start(folder, rung),
         "dataset_name": folder / "peer",
         "output_dir": output / "model",
         "max_steps": settings.steps,
@@ -101,9 +108,12 @@ def train_ours(settings: Settings, rung: Rung, folder: Path, seed: int, output: 
     trainer: dict[str, Any] = {"max_steps": settings.steps, "learning_rate": rate}
     if settings.batch_size != 8:
         trainer["per_device_train_batch_size"] = settings.batch_size
+    if rung.trainer.get("packing"):  # as many tokens a step, in two rows
+        length = math.ceil(settings.batch_size * mean_length(folder) / 2)
+        trainer |= {"per_device_train_batch_size": 2, "max_length": min(length, settings.positions)}
     config = SftConfig.model_validate(
         {
-            "model": str(folder / ("start" if rung.lora else "model")),
+            "model": str(start(folder, rung)),
             "data": str(folder / "data"),
             "seed": seed,
             "peft": {"r": settings.lora_rank, "lora_alpha": 2 * settings.lora_rank} if rung.lora else None,
@@ -113,6 +123,12 @@ def train_ours(settings: Settings, rung: Rung, folder: Path, seed: int, output: 
     )
     execute_stage("sft", config, output)
     return output / "model"
+
+
+def mean_length(folder: Path) -> float:
+    """Tokens of the average training row."""
+    world = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+    return world["tokens"] / world["rows"]
 
 
 def held_out_loss(settings: Settings, folder: Path, model_dir: Path) -> dict[str, float]:
@@ -146,15 +162,15 @@ def held_out_loss(settings: Settings, folder: Path, model_dir: Path) -> dict[str
     return {"loss": total / count, "tokens": count}
 
 
-def needed_flops(settings: Settings, rung: Rung, batches: list[dict[str, int]], rows: int) -> float:
+def needed_flops(settings: Settings, rung: Rung, batches: list[dict[str, int]], length: float) -> float:
     """Floating-point operations that the model needs for these batches: real tokens, and the language-model
-    head only where there is a label."""
+    head only where there is a label. length: mean tokens of a dialogue, which attention sees half of."""
     from train.ppo.throughput import Attention, model_flops
 
     per_layer = 4 * settings.hidden**2 + 3 * settings.hidden * settings.intermediate
     tokens = sum(batch["tokens"] for batch in batches)
     supervised = sum(batch["supervised"] for batch in batches)
-    attention = Attention(settings.layers, settings.hidden, context=tokens / rows / 2)
+    attention = Attention(settings.layers, settings.hidden, context=length / 2)
     body = model_flops(
         settings.layers * per_layer, tokens, trained=True, frozen_backbone=rung.lora, attention=attention
     )
@@ -168,7 +184,7 @@ def needed_flops(settings: Settings, rung: Rung, batches: list[dict[str, int]], 
     return body + head + adapter
 
 
-def summarise(settings: Settings, rung: Rung, recorder: Recorder) -> dict[str, Any]:
+def summarise(settings: Settings, rung: Rung, recorder: Recorder, length: float) -> dict[str, Any]:
     """Speed of the timed steps; shares and counts of all steps."""
     import torch
 
@@ -182,7 +198,7 @@ def summarise(settings: Settings, rung: Rung, recorder: Recorder) -> dict[str, A
     bf16 = rung.trainer.get("bf16", rung.side == "trl" or settings.device == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     rate = matmul_throughput(torch.device(settings.device), dtype)
-    flops = needed_flops(settings, rung, timed, settings.batch_size * len(timed))
+    flops = needed_flops(settings, rung, timed, length)
     return {
         "steps": steps,
         "tokens": sum(batch["tokens"] for batch in trained),
@@ -217,7 +233,7 @@ def main() -> None:
     train = train_trl if rung.side == "trl" else train_ours
     model = train(settings, rung, folder, seed, result.with_suffix(""))
     whole = time.perf_counter() - started
-    report = summarise(settings, rung, recorder) | {"seconds_whole": whole}
+    report = summarise(settings, rung, recorder, mean_length(folder)) | {"seconds_whole": whole}
     report["held_out"] = held_out_loss(settings, folder, model)
     result.write_text(json.dumps(report), encoding="utf-8")
 

@@ -9,6 +9,7 @@ reads them) and `model/` (random weights; its tokenizer is trained on the traini
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,33 @@ from bench_sft_common import Settings
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
+def make_up(rows: int) -> str:
+    """Question and answer lines of 1 to 6 steps of arithmetic, in the form of GSM8K's file."""
+    rng = random.Random(0)
+    lines = []
+    for index in range(rows):
+        parts = [rng.randint(2, 90) for _ in range(rng.randint(2, 7))]
+        question = f"Customer {index} buys " + " and then ".join(f"{part} lamps" for part in parts)
+        steps = [f"{sum(parts[:i])} + {parts[i]} = {sum(parts[: i + 1])}." for i in range(1, len(parts))]
+        answer = "\n".join(steps) + f"\n#### {sum(parts)}"
+        lines.append(json.dumps({"question": f"{question}. How many lamps are that?", "answer": answer}))
+    return "\n".join(lines) + "\n"
+
+
 def curate(settings: Settings, folder: Path) -> None:
-    """The data set directory `folder`: of GSM8K's file, or of the bundled generator where none is given."""
+    """The data set directory `folder / "data"`: of GSM8K's file, or of made-up rows where none is given."""
     from data_prep.config import CurateConfig
     from posttrain.stage import execute_stage
 
-    source: dict[str, Any] = {"generator": "support_desk", "rows": 400}
-    if settings.data:
-        source = {"path": settings.data, "columns": {"prompt": "question", "completion": "answer"}}
-    # Few rows to evaluate on: our stage evaluates when it is done, TRL's script does not, and neither is timed.
+    path = Path(settings.data)
+    if not settings.data:
+        path = folder / "made-up.jsonl"
+        path.write_text(make_up(400), encoding="utf-8")
+    source = {"path": str(path), "columns": {"prompt": "question", "completion": "answer"}}
+    # Few rows to evaluate on: our stage evaluates at its end, TRL's script does not, and neither is timed.
     split = {"eval_fraction": settings.eval_fraction}
     config = CurateConfig.model_validate({"kind": "conversation", "sources": [source], "split": split})
-    execute_stage("curate", config, folder)
+    execute_stage("curate", config, folder / "data")
 
 
 def write_peer_data(data: Path, folder: Path) -> None:
@@ -78,7 +94,7 @@ def make_model(settings: Settings, data: Path, folder: Path) -> dict[str, Any]:
 def main() -> None:
     folder = Path(sys.argv[1])
     settings = Settings.read(folder / "settings.json")
-    curate(settings, folder / "data")
+    curate(settings, folder)
     write_peer_data(folder / "data", folder / "peer")
     facts = make_model(settings, folder / "data", folder / "model")
     (folder / "world.json").write_text(json.dumps(facts), encoding="utf-8")

@@ -16,8 +16,8 @@ from trl import SFTTrainer
 from posttrain.errors import UserError
 
 TOLERANCE = 0.02
-"""Largest relative change of a row's logits that counts as rounding. Between rows that do not see each other it
-is 0 in float32; the first token of a row that does see its neighbour sees many tokens instead of one."""
+"""Largest relative change of a row's logits that counts as rounding. Between rows that do not see each other
+it is 0 in float32; the first token of a row that does see its neighbour sees many tokens instead of one."""
 PROBE = 48
 """Tokens of each row that are looked at."""
 
@@ -42,12 +42,12 @@ def check_isolation(trainer: SFTTrainer, rows: Sequence[Sequence[int]]) -> float
     change = float((changed - plain).norm(dim=-1).max() / plain.norm(dim=-1).max())
     if not change <= TOLERANCE:
         assert trainer.model is not None
-        attention = trainer.model.config._attn_implementation
+        field = "packing" if trainer.args.packing else "padding_free"
+        attention, kind = trainer.model.config._attn_implementation, trainer.model.config.model_type
         raise UserError(
-            f"trainer.{'packing' if trainer.args.packing else 'padding_free'}: dialogues in one sequence see each "
-            f"other with attn_implementation `{attention}` on a {trainer.model.config.model_type} model "
-            f"(changing one moves the logits of the next by {change:.0%})\n"
-            "    use attn_implementation: sdpa or flash_attention_2, or packing: false and padding_free: false"
+            f"trainer.{field}: rows in one sequence see each other with attn_implementation `{attention}` "
+            f"on a {kind} model (changing one moves the logits of the next by {change:.0%})\n"
+            "    use attn_implementation: sdpa or flash_attention_2, or packing and padding_free: false"
         )
     return change
 

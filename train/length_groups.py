@@ -1,8 +1,8 @@
 """Rows of similar length in one batch: less padding, and a run that is resumed sees the same batches.
 
-transformers' own ``train_sampling_strategy: group_by_length`` draws its order from the global random state, so
-that a run resumed in a later epoch would see other batches, and walks through each group of batches from long
-rows to short ones. Here the order follows from seed and epoch alone, and the batches come in random order.
+transformers' own ``train_sampling_strategy: group_by_length`` draws its order from the global random state,
+so that a run resumed in a later epoch would see other batches, and walks through each group of batches from
+long rows to short ones. Here the order follows from seed and epoch alone, and batches come at random.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def length_grouped_order(lengths: Sequence[int], batch_size: int, seed: int, epo
     """Row indices of one epoch, each once: every `batch_size` of them in turn are of similar length.
 
     The rows are shuffled, sorted within windows of WINDOW batches, and the batches shuffled. The one with the
-    longest row comes first, so that what does not fit in memory fails in the first step; rows that do not fill
-    a batch come last.
+    longest row comes first, so that what does not fit in memory fails in the first step; rows that do not
+    fill a batch come last.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -42,9 +42,7 @@ def length_grouped_order(lengths: Sequence[int], batch_size: int, seed: int, epo
 class LengthGroupedSampler(Sampler[int]):
     """`length_grouped_order` as a sampler. epoch: tells which one begins when it is iterated."""
 
-    def __init__(
-        self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
         self._lengths, self._batch_size, self._seed, self._epoch = lengths, batch_size, seed, epoch
 
     def __len__(self) -> int:
@@ -58,8 +56,8 @@ class GroupedSFTTrainer(SFTTrainer):
     """TRL's SFTTrainer, whose ``group_by_length`` is the order above.
 
     The rows of an optimizer step are of similar length, and the same however it is divided into accumulation
-    steps and processes. Evaluation reads its rows in order whatever the strategy: ``eval_loss`` is a mean over
-    batches, and would change with the way they are made.
+    steps and processes. Evaluation reads its rows in order whatever the strategy: ``eval_loss`` is a mean
+    over batches, and would change with the way they are made.
     """
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -70,7 +68,7 @@ class GroupedSFTTrainer(SFTTrainer):
             [len(ids) for ids in rows["input_ids"]],
             self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
             self.args.seed,
-            # Reached at the start of an epoch and when one is resumed; the state counts in fractions of epochs.
+            # Asked at the start of an epoch and when one is resumed; the state counts in parts of epochs.
             lambda: int(self.state.epoch or 0),
         )
 

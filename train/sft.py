@@ -93,5 +93,8 @@ def load_rows(
             f"{len(encoded)} {split} dialogues; raise trainer.max_length"
         )
     cut = None if trainer.get("packing") and trainer.get("packing_strategy") == "bfd_split" else max_length
-    columns = {"input_ids": [row.input_ids[:cut] for row in kept], "labels": [row.labels[:cut] for row in kept]}
+    columns = {
+        "input_ids": [row.input_ids[:cut] for row in kept],
+        "labels": [row.labels[:cut] for row in kept],
+    }
     return Dataset.from_dict(columns), counts

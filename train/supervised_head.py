@@ -18,7 +18,7 @@ from train.encode import IGNORED
 
 
 def score_supervised_only(model: nn.Module) -> bool:
-    """From now on ``model(..., labels=..., fused_lm_head=True)`` computes the head at labelled positions only.
+    """From now on ``model(..., labels=..., fused_lm_head=True)`` computes the head only where a label is.
 
     model: what the trainer calls; TRL's `add_fused_lm_head` has been applied to it. Its per-token outputs are
     then [1, N] for the N tokens with a label instead of [B, T - 1]. Returns whether it applies: it does not

@@ -86,7 +86,11 @@ def _sft(block: dict[str, Any]) -> list[Rule]:
         found.append(("max_length", "packing fills blocks of max_length tokens", "give a number"))
     if block.get("eval_packing") and not block.get("packing"):
         found.append(
-            ("eval_packing", "without packing the packed rows would attend to each other", "set packing: true")
+            (
+                "eval_packing",
+                "without packing the packed rows would attend to each other",
+                "set packing: true",
+            )
         )
     if block.get("truncation_mode") == "keep_end":
         found.append(

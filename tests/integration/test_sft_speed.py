@@ -133,7 +133,7 @@ def test_eval_loss_does_not_depend_on_how_training_batches_are_made(
 @pytest.mark.parametrize("block", [{}, {"padding_free": True}, {"packing": True, "max_length": 128}])
 @pytest.mark.parametrize("stop", [3, 6, 8])
 def test_resumes_in_every_epoch(run_stage, tmp_path, tiny_model_dir, conversation_data, block, stop):
-    """48 rows in batches of 8 (4 rows where several share one): at the end of an epoch and inside the second."""
+    """48 rows in batches of 8 (of 4 where they are packed): inside an epoch and at its end."""
     trainer = {"max_steps": 11, "logging_steps": 3, "save_steps": 1, "save_total_limit": 20}
     if "packing" in block:
         trainer["per_device_train_batch_size"] = 4

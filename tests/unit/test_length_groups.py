@@ -1,4 +1,4 @@
-"""The order of ``group_by_length``: every row once, similar lengths together, told by seed and epoch alone."""
+"""The order of ``group_by_length``: every row once, similar lengths together, by seed and epoch alone."""
 
 from __future__ import annotations
 

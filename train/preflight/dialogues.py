@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import TaskType
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.preflight import Findings
@@ -55,16 +55,16 @@ def check_sft(config: SftConfig, paths: Mapping[str, Path], run_dir: Path) -> Fi
 
 
 def _warn_of_state(config: SftConfig, model_config: PreTrainedConfig, findings: Findings) -> None:
-    """Rows of one sequence: a recurrent model carries its state from one to the next unless its kernels reset it."""
+    """A recurrent model may carry its state from one row of a sequence to the next."""
     shared = next((name for name in ("packing", "padding_free") if config.trainer.get(name)), None)
     if shared is None:
         return
     model = skeleton(model_config, TaskType.CAUSAL_LM, "model", Findings())
-    if model is not None and model._is_stateful:
+    if isinstance(model, PreTrainedModel) and model._is_stateful:
         findings.warn(
             f"trainer.{shared}",
-            f"true, and {model_config.model_type} is recurrent: its state may run on from one dialogue into the "
-            "next. The stage measures that before it trains, and stops if it is so",
+            f"true, and {model_config.model_type} is recurrent: its state may run on from one dialogue into "
+            "the next. The stage measures that before it trains, and stops if it is so",
             f"set {shared}: false",
         )
 
