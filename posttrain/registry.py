@@ -68,6 +68,7 @@ STAGES: dict[str, StageSpec] = {
             "Fine-tune on demonstrations.",
             check="train.trainer_args:check",
             preflight="train.preflight:check",
+            version=2,
         ),
         _spec(
             "reward",

@@ -9,8 +9,9 @@ All rungs start from the same random model, train on the same rows for as many o
 dialogues per step, and are timed at the same places of the same trainer, each in its own process; with
 --repeats the rungs take turns. The first rung of the ladder is TRL's own script with its own defaults. Tokens
 are those that are not padding. The steps before --warmup are not timed (torch.compile needs them), nor are
-loading, checkpoints and evaluation. Memory is the peak of the training steps above what the process held once
-everything was imported: resident memory on a CPU, what torch allocated on a GPU.
+loading, checkpoints and evaluation; the tenth of the steps that took longest for their size is left out, on
+every rung (tokens_per_second_all in the JSON has them all). Memory is the peak of the training steps above
+what the process held once everything was imported: resident on a CPU, what torch allocated on a GPU.
 
 Prints a Markdown table and writes everything measured to --output as JSON.
 """
@@ -34,6 +35,15 @@ from bench_sft_common import PRESETS, RUNGS, Settings
 
 SCRIPTS = Path(__file__).resolve().parent
 NOT_FLAGS = ("device", "data")
+MEASURED = (
+    "tokens_per_second",
+    "tokens_per_second_all",
+    "padding",
+    "seconds_warmup",
+    "tokens",
+    "supervised_tokens",
+    "flops_per_second",
+)
 
 
 def run(script: str, arguments: list[str], log: Path, settings: Settings) -> None:
@@ -73,10 +83,13 @@ def run_rung(name: str, repeat: int, settings: Settings, folder: Path) -> dict[s
     return json.loads(result.read_text(encoding="utf-8")) | {"rung": name, "load_before": load}
 
 
-def summarise(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the runs of one rung; of the held-out loss, over seeds, the mean."""
-    names = ("tokens_per_second", "padding", "mfu", "seconds_warmup", "tokens", "supervised_tokens")
-    summary = {name: median(run[name] for run in runs) for name in names}
+def summarise(runs: list[dict[str, Any]], rates: dict[str, float]) -> dict[str, float]:
+    """Medians over the runs of one rung; of the held-out loss, over seeds, the mean.
+
+    rates: FLOP/s of one large matrix product in the type that each rung computes in.
+    """
+    summary = {name: median(run[name] for run in runs) for name in MEASURED}
+    summary["mfu"] = summary["flops_per_second"] / rates[runs[0]["matmul_dtype"]]
     for kind in ("peak", "absolute"):
         summary[f"memory_{kind}"] = median(run["memory"][kind] for run in runs)
     return summary | {"held_out_loss": mean(run["held_out"]["loss"] for run in runs)}
@@ -150,7 +163,12 @@ def main() -> int:
             runs.append(run_rung(name, repeat, settings, folder))
             rate, loss = runs[-1]["tokens_per_second"], runs[-1]["held_out"]["loss"]
             print(f"{name} {repeat + 1}/{options.repeats}: {rate:,.0f} tokens/s, {loss:.4f}", file=sys.stderr)
-    summaries = {name: summarise([run for run in runs if run["rung"] == name]) for name in options.rungs}
+    rates: dict[str, float] = {}  # the best of all processes: one that was disturbed says too little
+    for one in runs:
+        rates[one["matmul_dtype"]] = max(one["matmul_flops_per_second"], rates.get(one["matmul_dtype"], 0.0))
+    summaries = {
+        name: summarise([run for run in runs if run["rung"] == name], rates) for name in options.rungs
+    }
     loads = ", ".join(f"{run['load_before']:.1f}" for run in runs)
     print(
         f"SFT of {world['parameters'] / 1e6:.1f} M parameters, "

@@ -74,9 +74,12 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to train. trainer: our trainer block on top of steps, batch and learning rate (TRL's flags on its
-    side); attention: our attn_implementation; whole_head: the head at every position, as TRL's trainer has it
-    on a CPU; devices: where it is in the ladder."""
+    """One way to train.
+
+    trainer: our trainer block on top of steps, batch and learning rate, or TRL's flags; attention: our
+    attn_implementation; whole_head: the head at every position, as TRL's trainer has it on a CPU; devices:
+    where it is in the ladder.
+    """
 
     title: str
     side: Literal["trl", "ours"]

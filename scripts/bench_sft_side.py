@@ -162,14 +162,24 @@ def held_out_loss(settings: Settings, folder: Path, model_dir: Path) -> dict[str
     return {"loss": total / count, "tokens": count}
 
 
-def needed_flops(settings: Settings, rung: Rung, batches: list[dict[str, int]], length: float) -> float:
-    """Floating-point operations that the model needs for these batches: real tokens, and the language-model
-    head only where there is a label. length: mean tokens of a dialogue, which attention sees half of."""
+def total(steps: list[dict[str, Any]], name: str) -> Any:
+    return sum(step[name] for step in steps)
+
+
+def undisturbed(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps without the tenth that took longest for their size, padding included: now and then something
+    else has the machine."""
+    kept = len(steps) - len(steps) // 10
+    return sorted(steps, key=lambda step: step["seconds"] / step["cells"])[:kept]
+
+
+def needed_flops(settings: Settings, rung: Rung, steps: list[dict[str, Any]], length: float) -> float:
+    """Floating-point operations that the model needs for these steps: real tokens, and the head only where
+    there is a label. length: mean tokens of a dialogue, which attention sees half of."""
     from train.ppo.throughput import Attention, model_flops
 
     per_layer = 4 * settings.hidden**2 + 3 * settings.hidden * settings.intermediate
-    tokens = sum(batch["tokens"] for batch in batches)
-    supervised = sum(batch["supervised"] for batch in batches)
+    tokens, supervised = total(steps, "tokens"), total(steps, "supervised")
     attention = Attention(settings.layers, settings.hidden, context=length / 2)
     body = model_flops(
         settings.layers * per_layer, tokens, trained=True, frozen_backbone=rung.lora, attention=attention
@@ -185,30 +195,28 @@ def needed_flops(settings: Settings, rung: Rung, batches: list[dict[str, int]], 
 
 
 def summarise(settings: Settings, rung: Rung, recorder: Recorder, length: float) -> dict[str, Any]:
-    """Speed of the timed steps; shares and counts of all steps."""
+    """Speed of the timed steps; shares and counts of all steps; what parent and reader need for the rest."""
     import torch
 
-    from train.ppo.throughput import matmul_throughput, utilisation
+    from train.ppo.throughput import matmul_throughput
 
-    steps = len(recorder.ends) - 1
-    trained = recorder.batches[:steps]
-    timed = trained[settings.warmup :]
-    seconds = recorder.ends[-1] - recorder.ends[settings.warmup]
-    tokens = sum(batch["tokens"] for batch in timed)
+    lasted = [after - before for before, after in zip(recorder.ends, recorder.ends[1:], strict=False)]
+    trained = recorder.batches[: len(lasted)]
+    steps = [batch | {"seconds": seconds} for batch, seconds in zip(trained, lasted, strict=True)]
+    timed = steps[settings.warmup :]
+    calm = undisturbed(timed)
     bf16 = rung.trainer.get("bf16", rung.side == "trl" or settings.device == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     rate = matmul_throughput(torch.device(settings.device), dtype)
-    flops = needed_flops(settings, rung, timed, length)
     return {
         "steps": steps,
-        "tokens": sum(batch["tokens"] for batch in trained),
-        "supervised_tokens": sum(batch["supervised"] for batch in trained),
-        "padding": 1 - sum(b["tokens"] for b in trained) / sum(b["cells"] for b in trained),
-        "seconds": seconds,
-        "seconds_warmup": recorder.ends[settings.warmup] - recorder.ends[0],
-        "seconds_per_step": [b - a for a, b in zip(recorder.ends, recorder.ends[1:], strict=False)],
-        "tokens_per_second": tokens / seconds,
-        "mfu": utilisation(flops, seconds, rate),
+        "tokens": total(steps, "tokens"),
+        "supervised_tokens": total(steps, "supervised"),
+        "padding": 1 - total(steps, "tokens") / total(steps, "cells"),
+        "seconds_warmup": sum(lasted[: settings.warmup]),
+        "tokens_per_second": total(calm, "tokens") / total(calm, "seconds"),
+        "tokens_per_second_all": total(timed, "tokens") / total(timed, "seconds"),
+        "flops_per_second": needed_flops(settings, rung, calm, length) / total(calm, "seconds"),
         "matmul_flops_per_second": rate,
         "matmul_dtype": str(dtype).removeprefix("torch."),
         "memory": recorder.memory,

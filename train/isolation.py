@@ -8,6 +8,7 @@ dialogue on its neighbours, with a loss that looks healthy (trl#3067).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,10 @@ def check_isolation(trainer: SFTTrainer, rows: Sequence[Sequence[int]]) -> float
     plain, changed = (_logits(trainer, [row, second])[len(first) :] for row in (first, other))
     change = float((changed - plain).norm(dim=-1).max() / plain.norm(dim=-1).max())
     if not change <= TOLERANCE:
-        assert trainer.model is not None
-        field = "packing" if trainer.args.packing else "padding_free"
-        attention, kind = trainer.model.config._attn_implementation, trainer.model.config.model_type
+        args: Any = trainer.args
+        model: Any = trainer.model
+        field = "packing" if args.packing else "padding_free"
+        attention, kind = model.config._attn_implementation, model.config.model_type
         raise UserError(
             f"trainer.{field}: rows in one sequence see each other with attn_implementation `{attention}` "
             f"on a {kind} model (changing one moves the logits of the next by {change:.0%})\n"

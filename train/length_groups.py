@@ -72,5 +72,5 @@ class GroupedSFTTrainer(SFTTrainer):
             lambda: int(self.state.epoch or 0),
         )
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None

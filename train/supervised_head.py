@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from train.encode import IGNORED
 
 
-def score_supervised_only(model: nn.Module) -> bool:
+def score_supervised_only(model: Any) -> bool:
     """From now on ``model(..., labels=..., fused_lm_head=True)`` computes the head only where a label is.
 
     model: what the trainer calls; TRL's `add_fused_lm_head` has been applied to it. Its per-token outputs are
