@@ -4,9 +4,11 @@
 
 TRL's SFTTrainer on rows tokenized here. The loss covers the assistant's tokens, its end-of-turn token
 included, in every turn (``trainer.assistant_only_loss: false`` for all tokens). ``trainer.packing: true``
-puts several dialogues into one row; TRL then sends position ids that restart with each dialogue and no
-attention mask, from which transformers 5 builds a block-diagonal mask (eager, sdpa, flex) or sequence offsets
-(flash attention): dialogues do not see each other, and the loss equals the unpacked one.
+puts several dialogues into one row, ``trainer.padding_free: true`` those of a batch; TRL then sends position
+ids that restart with each dialogue and no attention mask, from which transformers 5 builds a block-diagonal
+mask (eager, sdpa, flex) or sequence offsets (flash attention): dialogues do not see each other, which is
+measured before training, and the loss equals the unpacked one. What the block leaves open is chosen for
+speed (``train/sft_defaults.py``).
 """
 
 from __future__ import annotations

@@ -26,6 +26,6 @@ def sft_defaults(trainer: dict[str, Any], model: PreTrainedConfig) -> dict[str, 
     if not (trainer.get("packing") or trainer.get("padding_free")):
         flash = is_flash_attention_requested(model) and "padding_free" not in trainer
         defaults |= PADDING_FREE if flash else PADDED_ALIKE
-    if torch.cuda.is_available() and not trainer.get("fp16"):
+    if torch.cuda.is_available() and not (trainer.get("fp16") or trainer.get("use_cpu")):
         defaults["bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
     return defaults

@@ -36,7 +36,7 @@ def score_supervised_only(model: Any) -> bool:
             return None
         targets_BT = kwargs["labels"][:, 1:]
         mask_BT = targets_BT != IGNORED
-        chosen.append(mask_BT)
+        chosen[:] = [mask_BT]
         # TRL drops the first label and the last hidden state: position t predicts label t + 1.
         first = targets_BT.new_full((1,), IGNORED)
         return args, kwargs | {"labels": torch.cat([first, targets_BT[mask_BT]])[None]}
