@@ -107,17 +107,17 @@ RUNGS: dict[str, Rung] = {
         whole_head=True,
         devices=("cpu",),
     ),
-    "defaults": Rung("**posttrain, its own defaults**", "ours"),
     "bf16": Rung("defaults, with bfloat16", "ours", {"bf16": True}, devices=("cpu",)),
+    "defaults": Rung("**posttrain, its own defaults**", "ours"),
     "packing": Rung("defaults, with packing (bfd)", "ours", {"packing": True}),
     "padding-free": Rung(
         "defaults, with padding_free", "ours", {"padding_free": True, "train_sampling_strategy": "random"}
     ),
-    "compile": Rung("defaults, with torch.compile", "ours", {"torch_compile": True}),
     "checkpointing": Rung(
         "defaults, with activation checkpointing", "ours", {"activation_checkpointing": True}
     ),
     "flash": Rung("defaults on flash attention 2", "ours", attention="flash_attention_2", devices=("cuda",)),
     "trl-lora": Rung("`trl sft --use_peft`, its own defaults", "trl", lora=True),
     "lora": Rung("**posttrain with LoRA, its own defaults**", "ours", lora=True),
+    "compile": Rung("defaults, with torch.compile", "ours", {"torch_compile": True}),
 }
