@@ -1,4 +1,6 @@
-"""Records made into others: of another kind (a preference as a demonstration, anything as its prompt), shorter."""
+"""Records made into others: of another kind (a preference as a demonstration, anything as its prompt), or
+shorter.
+"""
 
 from __future__ import annotations
 

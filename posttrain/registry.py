@@ -83,6 +83,7 @@ STAGES: dict[str, StageSpec] = {
             check="train.trainer_args:check",
             preflight="train.preflight:check",
             outline=_OUTLINE,
+            version=2,
         ),
         _spec(
             "reward",

@@ -19,26 +19,22 @@ Prints a Markdown report and writes everything measured to --output as JSON.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import mean, median, variance
 from typing import Any
 
-from bench_ppo_common import PRESETS, Settings
+from bench_ppo_common import PRESETS, Settings, machine
 
 SCRIPTS = Path(__file__).resolve().parent
 PEER = "trl==1.12.0"
 SIDES = ("ours", "peer")
-PACKAGES = ("torch", "transformers", "peft", "accelerate")
 PHASES = ("rollout", "reference", "scoring", "update", "sync")
 FLAGS = [f.name for f in fields(Settings) if f.name not in ("layout", "device", "family", "clock")]
 
@@ -208,22 +204,6 @@ def details(summaries: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def machine(settings: Settings) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
-    found |= {"system": platform.platform(), "processor": platform.machine()}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        found["processor"] = names[0].partition(":")[2].strip() if names else platform.machine()
-    found |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    gpu = None
-    if settings.device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    return found | {"cpus": os.cpu_count(), "threads": settings.threads, "gpu": gpu}
-
-
 def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Settings]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -270,7 +250,7 @@ def main() -> int:
     if "peer" in options.sides:
         install_peer(options.peer_path)
     models = prepare(settings, options.work)
-    environment = machine(settings)
+    environment = machine(settings.device, settings.threads)
     runs = []
     for repeat in range(options.repeats):
         for side in options.sides:

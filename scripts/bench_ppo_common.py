@@ -1,20 +1,25 @@
-"""What both sides of `bench_ppo.py` share: the settings, peak memory, and the floor of plain matrix products.
+"""What both sides of `bench_ppo.py` share: settings, machine, peak memory, the floor of matrix products.
 
 No torch at import: the parent process stays small and only starts others.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
 PAD, EOS, FIRST_TOKEN = 0, 1, 2
 """Token ids; prompts are drawn from FIRST_TOKEN on."""
 
@@ -128,6 +133,22 @@ PRESETS = {
         updates=3,
     ),
 }
+
+
+def machine(device: str, threads: int) -> dict[str, Any]:
+    """Where and with what this was measured."""
+    found = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
+    found |= {"system": platform.platform(), "processor": platform.machine()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        found["processor"] = names[0].partition(":")[2].strip() if names else platform.machine()
+    found |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    gpu = None
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        gpu = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    return found | {"cpus": os.cpu_count(), "threads": threads, "gpu": gpu}
 
 
 class PeakMemory:

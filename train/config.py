@@ -78,8 +78,9 @@ class SftConfig(TrainingStageConfig):
     data: DatasetRef = Field(description="Demonstrations: a dataset directory of kind conversation.")
     trainer: dict[str, Any] = Field(
         {},
-        description="Fields of trl.SFTConfig. Defaults that differ from TRL's: assistant_only_loss true, "
-        "activation_checkpointing false, bf16 false, save_steps 100, save_total_limit 2.",
+        description="Fields of trl.SFTConfig. Defaults that differ from TRL's: assistant_only_loss true; "
+        "train_sampling_strategy group_by_length, or padding_free true with a flash attention; bf16 only on "
+        "a GPU that computes in it; activation_checkpointing false, save_steps 100, save_total_limit 2.",
     )
 
 

@@ -22,6 +22,7 @@ from train.adapters import load_policy
 from train.config import PretrainConfig
 from train.encode import encode_texts, windows_of
 from train.finish import train_and_save
+from train.isolation import check_isolation
 from train.peft_setup import length_limit, quiet_libraries
 from train.trainer_args import build_args
 
@@ -43,6 +44,7 @@ def run(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
         train_rows, counts = load_windows(context, "train", tokenizer, max_length)
         eval_rows, _ = load_windows(context, "eval", tokenizer, max_length)
 
+    probe = train_rows[:2]["input_ids"]
     trainer = SFTTrainer(
         model=start.model,
         args=build_args(config, context.checkpoints, max_length=max_length),
@@ -51,6 +53,7 @@ def run(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
         processing_class=tokenizer,
         peft_config=start.lora,
     )
+    check_isolation(trainer, probe)
     return counts | train_and_save(trainer, start, tokenizer, context, "pretrain")
 
 

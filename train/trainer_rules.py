@@ -29,6 +29,8 @@ DPO_LOSSES = (
 ).split()
 F_DIVERGENCE_LOSSES = "sigmoid sigmoid_norm hinge ipo exo_pair robust discopop sft".split()
 """Losses of DPO that may be combined with an f-divergence other than reverse_kl."""
+MASKED_BY_POSITION = "eager sdpa flex_attention".split()
+"""Attention code for which transformers builds a block-diagonal mask where position ids begin anew."""
 GRPO_VALUES = {
     "loss_type": "grpo dr_grpo dapo bnpo cispo sapo luspo vespo".split(),
     "importance_sampling_level": "token sequence".split(),
@@ -48,11 +50,9 @@ def contradictions(config: TrainingStageConfig, where: str) -> list[Problem]:
         message = "the only complete checkpoint would be deleted before its successor is complete"
         found.append(("save_total_limit", message, "use 2 or more"))
     if isinstance(config, (SftConfig, PretrainConfig)):
-        found += _sft(block)
-    if isinstance(config, PretrainConfig) and block.get("assistant_only_loss"):
-        found.append(
-            ("assistant_only_loss", "plain text has no assistant", "remove it, or use the sft stage")
-        )
+        found += _sft(block) + _rows_apart(block, config.attn_implementation)
+    if isinstance(config, PretrainConfig):
+        found += _pretrain(block)
     if isinstance(config, DpoConfig):
         found += _dpo(block)
     if isinstance(config, KtoConfig):
@@ -87,11 +87,37 @@ def _sft(block: dict[str, Any]) -> list[Rule]:
         )
     if block.get("packing") and "max_length" in block and block["max_length"] is None:
         found.append(("max_length", "packing fills blocks of max_length tokens", "give a number"))
-    if block.get("padding_free") and not block.get("packing"):
-        found.append(("padding_free", "TRL does not enforce max_length without packing", "set packing: true"))
+    if block.get("eval_packing") and not block.get("packing"):
+        found.append(
+            (
+                "eval_packing",
+                "without packing the packed rows would attend to each other",
+                "set packing: true",
+            )
+        )
     if block.get("truncation_mode") == "keep_end":
         found.append(
             ("truncation_mode", "keep_end is deprecated in TRL and cuts the question", "use keep_start")
+        )
+    return found
+
+
+def _rows_apart(block: dict[str, Any], attention: str | None) -> list[Rule]:
+    """Rows in one sequence are kept apart by a mask from position ids or by sequence offsets."""
+    if attention is None or attention in MASKED_BY_POSITION or "flash" in attention:
+        return []
+    message = f"attn_implementation {attention} does not keep the rows of a sequence apart"
+    remedy = f"use one of {', '.join(MASKED_BY_POSITION)} or a flash attention, or set it to false"
+    return [(name, message, remedy) for name in ("packing", "padding_free") if block.get(name)]
+
+
+def _pretrain(block: dict[str, Any]) -> list[Rule]:
+    found = []
+    if block.get("padding_free") and not block.get("packing"):
+        found.append(("padding_free", "TRL does not enforce max_length without packing", "set packing: true"))
+    if block.get("assistant_only_loss"):
+        found.append(
+            ("assistant_only_loss", "plain text has no assistant", "remove it, or use the sft stage")
         )
     return found
 

@@ -270,3 +270,15 @@ def test_models_that_are_not_here_are_not_looked_at_yet(warned, tmp_path, conver
     warned("sft", f"sft: not looked at yet: model: {reason}", model=model, data=conversation_data)
     done = command("check", tmp_path / "sft.yaml", "--json")
     assert list(json.loads(done.stdout)["not_looked_at"]["sft"]) == ["model"]
+
+
+def test_rows_in_one_sequence_of_a_recurrent_model_are_a_warning(
+    warned, tiny_model_dir, tmp_path, conversation_data
+):
+    model = tmp_path / "recurrent"
+    shutil.copytree(tiny_model_dir, model)
+    config = {"model_type": "recurrent_gemma", "vocab_size": 500, "num_hidden_layers": 1, "hidden_size": 32}
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    fields = {"model": model, "data": conversation_data, "trainer": {"packing": True}}
+    said = warned("sft", "trainer.packing", "recurrent_gemma is recurrent", "set packing: false", **fields)
+    assert "measures that before it trains" in said

@@ -21,7 +21,7 @@ from train.config import (
 )
 from train.online_config import GrpoConfig, OnlineConfig, RlooConfig
 from train.trainer_args import OWNED, OWNED_ONLINE, arguments_class, build_args, check
-from train.trainer_rules import GRPO_VALUES, generation_period
+from train.trainer_rules import GRPO_VALUES, MASKED_BY_POSITION, generation_period
 
 KINDS = {
     "pretrain": PretrainConfig,
@@ -129,7 +129,8 @@ def test_what_posttrain_sets_itself_is_refused_with_a_remedy(name):
     [
         ("sft", {"packing": True, "packing_strategy": "wrapped"}, "attend"),
         ("sft", {"packing": True, "max_length": None}, "max_length"),
-        ("sft", {"padding_free": True}, "max_length"),
+        ("sft", {"eval_packing": True}, "attend"),
+        ("pretrain", {"padding_free": True}, "max_length"),
         ("sft", {"completion_only_loss": True}, "conversations"),
         ("sft", {"save_total_limit": 1}, "deleted"),
         ("pretrain", {"assistant_only_loss": True}, "no assistant"),
@@ -292,3 +293,24 @@ def test_a_reward_function_that_is_not_there_is_a_problem():
 def test_group_training_refuses_what_it_cannot_do(fields, word):
     with pytest.raises(ValidationError, match=word):
         make("rloo", **fields)
+
+
+@pytest.mark.parametrize("kind", ["sft", "pretrain"])
+@pytest.mark.parametrize("name", ["packing", "padding_free"])
+def test_rows_in_one_sequence_need_an_attention_that_keeps_them_apart(kind, name):
+    block = {"packing": True} | {name: True}
+    problems = check(make(kind, block, attn_implementation="paged|eager"), "w")
+    assert f"w.trainer.{name}" in [problem.where for problem in problems]
+    assert all("apart" in problem.message and "sdpa" in problem.remedy for problem in problems)
+    for attention in (None, *MASKED_BY_POSITION, "flash_attention_2", "kernels-community/flash-attn3"):
+        assert check(make(kind, block, attn_implementation=attention), "w") == []
+
+
+def test_the_attention_that_keeps_rows_apart_has_a_mask_in_transformers():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    assert set(MASKED_BY_POSITION) <= set(ALL_MASK_ATTENTION_FUNCTIONS.valid_keys())
+
+
+def test_padding_free_alone_is_allowed_in_sft():
+    assert check(make("sft", {"padding_free": True}), "w") == []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import TaskType
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.errors import UserError
 from posttrain.preflight import Findings
@@ -20,7 +20,7 @@ from train.encode import (
     never_ending,
     unsupervised,
 )
-from train.preflight.models import check_length
+from train.preflight.models import check_length, skeleton
 from train.preflight.rows import MAX_LOST, Sample, all_alike, judge, read_samples
 from train.preflight.tokens import (
     check_added_bos,
@@ -46,11 +46,27 @@ def check_sft(config: SftConfig, paths: Mapping[str, Path], run_dir: Path) -> Fi
     if read is None:
         return findings
     model, tokenizer = read
+    _warn_of_state(config, model, findings)
     max_length = check_length(model, config.trainer.get("max_length"), findings)
     for sample in samples:
         with rendering(tokenizer, sample.where, "data", findings):
             _check_sample(config, tokenizer, sample, max_length, findings)
     return findings
+
+
+def _warn_of_state(config: SftConfig, model_config: PreTrainedConfig, findings: Findings) -> None:
+    """A recurrent model may carry its state from one row of a sequence to the next."""
+    shared = next((name for name in ("packing", "padding_free") if config.trainer.get(name)), None)
+    if shared is None:
+        return
+    model = skeleton(model_config, TaskType.CAUSAL_LM, "model", Findings())
+    if isinstance(model, PreTrainedModel) and model._is_stateful:
+        findings.warn(
+            f"trainer.{shared}",
+            f"true, and {model_config.model_type} is recurrent: its state may run on from one dialogue into "
+            "the next. The stage measures that before it trains, and stops if it is so",
+            f"set {shared}: false",
+        )
 
 
 def _check_sample(
