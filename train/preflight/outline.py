@@ -86,7 +86,9 @@ def _check_start(config: Trained, model: Outline, findings: Findings) -> None:
 def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
     """Architecture, LoRA names, positions; in words how much is trained and the room that it takes."""
     task = TaskType.SEQ_CLS if isinstance(config, RewardConfig) else TaskType.CAUSAL_LM
-    model_config: PreTrainedConfig = AutoConfig.from_pretrained(outline.config)
+    model_config = _read(outline)
+    if model_config is None:
+        return
     if isinstance(config, (PpoStageConfig, OnlineConfig)):
         check_policy_length(config, model_config, findings)
     else:
@@ -104,6 +106,15 @@ def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
         f"model: {name} of {size.total:,} parameters, {size.trained:,} trained; "
         f"{what} take {gigabytes(room)} of disk"
     )
+
+
+def _read(outline: Outline) -> PreTrainedConfig | None:
+    """The configuration; None for one that cannot be read, which is said where the model itself is."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(outline.config)
+    except (OSError, ValueError):
+        return None
+    return config
 
 
 @lru_cache(maxsize=32)
@@ -138,8 +149,11 @@ def _check_reward(
             "name the run of a reward stage",
         )
         return
+    model_config = _read(outline)
+    if model_config is None:
+        return
     try:
-        check_positions(field, AutoConfig.from_pretrained(outline.config), lengths(config))
+        check_positions(field, model_config, lengths(config))
     except UserError as error:
         message, _, remedy = str(error).partition(": lower")
         findings.fail(field, message, f"lower{remedy}")
