@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from posttrain.cli import app
+from posttrain.known_models import known_config
 
 STAGES: dict[str, dict[str, Any]] = {
     "demos": {"stage": "curate", "kind": "conversation", "sources": [{"path": "none.jsonl"}]},
@@ -197,3 +199,21 @@ def test_a_model_that_does_not_ship_is_left_out(check):
     assert code == 0
     assert report["notes"] == {}
     assert report["not_looked_at"]["sft"]["model"].startswith("org/model is on the Hugging Face Hub")
+
+
+def test_a_model_that_is_here_is_followed_too(check):
+    """Its own stage says what it lacks; the stages after it are looked at by its architecture."""
+    known = known_config("Qwen/Qwen2.5-0.5B")
+    assert known is not None
+    Path("local/model").mkdir(parents=True)
+    shutil.copyfile(known, "local/model/config.json")
+    code, report = check("--offline", sft={"model": "local/model"})
+    assert code == 2
+    assert any("holds no weights" in problem["message"] for problem in report["problems"])
+    assert set(report["notes"]) == {"reward", "dpo", "grpo", "ppo"}
+    assert "Qwen2ForCausalLM of 494,032,768 parameters" in report["notes"]["dpo"][0]
+    Path("local/model/config.json").write_text("{}")
+    code, report = check("--offline", sft={"model": "local/model"})
+    assert code == 2
+    assert any("configuration cannot be read" in problem["message"] for problem in report["problems"])
+    assert report["notes"] == {}

@@ -112,7 +112,9 @@ def _check_merge(config: MergeConfig, outlines: Mapping[str, Outline], findings:
 def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
     """Architecture, LoRA names, positions; in words how much is trained and the room that it takes."""
     task = TaskType.SEQ_CLS if isinstance(config, RewardConfig) else TaskType.CAUSAL_LM
-    model_config: PreTrainedConfig = AutoConfig.from_pretrained(outline.config)
+    model_config = _read(outline)
+    if model_config is None:
+        return
     if isinstance(config, (PpoStageConfig, OnlineConfig)):
         check_policy_length(config, model_config, findings)
     else:
@@ -144,6 +146,15 @@ def _trained_adapter(config: Trained, outline: Outline) -> str | None:
         {name: value for name, value in dict(settings).items() if name in PeftSettings.model_fields}
         | ({"init_lora_weights": True} if isinstance(settings, AdapterSettings) else {})
     ).model_dump_json()
+
+
+def _read(outline: Outline) -> PreTrainedConfig | None:
+    """The configuration; None for one that cannot be read, which is said where the model itself is."""
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(outline.config)
+    except (OSError, ValueError):
+        return None
+    return config
 
 
 @lru_cache(maxsize=32)
@@ -178,8 +189,11 @@ def _check_reward(
             "name the run of a reward stage",
         )
         return
+    model_config = _read(outline)
+    if model_config is None:
+        return
     try:
-        check_positions(field, AutoConfig.from_pretrained(outline.config), lengths(config))
+        check_positions(field, model_config, lengths(config))
     except UserError as error:
         message, _, remedy = str(error).partition(": lower")
         findings.fail(field, message, f"lower{remedy}")
