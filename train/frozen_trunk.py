@@ -31,7 +31,7 @@ class FrozenTrunk(nn.Module):
         bf16: run the trunk under bfloat16 autocast. States are kept in float32, on the CPU.
     """
 
-    def __init__(self, trunk: PreTrainedModel, bf16: bool) -> None:
+    def __init__(self, trunk: nn.Module, bf16: bool) -> None:
         super().__init__()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run: Callable[..., Any] = trunk.eval().requires_grad_(False).to(self._device)
