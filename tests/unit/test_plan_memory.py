@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from train.config import PeftSettings
+from train.peft_config import PeftSettings
 from train.plan.request import Request, RewardModel, Rollout
 from train.plan.steps import trace_step
 from train.plan.tracker import Trace

@@ -13,7 +13,7 @@ from data_prep.records import Kind
 from posttrain.errors import UserError
 from posttrain.models import load_chat_tokenizer
 from posttrain.preflight import Findings
-from train.encode import label_conversations, render_whole
+from train.encode import IGNORED, label_conversations, render_whole
 from train.ppo.rollout import encode_prompts
 from train.preflight.rows import read_samples
 
@@ -22,7 +22,7 @@ from train.preflight.rows import read_samples
 class Lengths:
     """rows: of the train split, None while it has yet to be made. mean, longest: tokens of a sequence (of a
     pair's longer side, of a prompt), at most the stage's limit. measured: from the rows, else both are that
-    limit. note: why they are not measured.
+    limit. note: why they are not measured. labels: of each row of sft, its tokens that carry loss.
     """
 
     rows: int | None
@@ -30,6 +30,18 @@ class Lengths:
     longest: int
     measured: bool
     note: str = ""
+    labels: tuple[int, ...] = ()
+
+    def labelled(self, rows: int, limit: int) -> int | None:
+        """Tokens with a label in the micro-batch of `rows` sequences that has the most; None: not measured.
+
+        limit: of the sequences. With more rows than the data has, the rows of the data are repeated.
+        """
+        if not self.labels:
+            return None
+        times, rest = divmod(rows, len(self.labels))
+        most = sorted((min(count, limit) for count in self.labels), reverse=True)
+        return times * sum(most) + sum(most[:rest])
 
 
 KINDS: dict[str, Kind] = {
@@ -47,10 +59,20 @@ KINDS: dict[str, Kind] = {
 """Kind of data set that each stage reads."""
 
 
-def read_lengths(kind: str, data: str, model: Path | None, limit: int, seed: int, *, drops: bool) -> Lengths:
+def read_lengths(
+    kind: str,
+    data: str,
+    model: Path | None,
+    limit: int,
+    seed: int,
+    *,
+    drops: bool,
+    assistant_only: bool = False,
+) -> Lengths:
     """Lengths of the rows that stage `kind` reads from `data` with the tokenizer in `model`.
 
     limit: longest sequence. drops: whether longer rows are left out, as pairs and prompts are, or cut.
+    assistant_only: only the assistant's tokens have a label (sft).
     """
     directory = Path(data).expanduser()
     if not (directory / "train.parquet").is_file():
@@ -70,7 +92,11 @@ def read_lengths(kind: str, data: str, model: Path | None, limit: int, seed: int
     if not counts:
         return Lengths(sample.total, limit, limit, False, f"no row fits {limit} tokens")
     counts = [min(count, limit) for count in counts]
-    return Lengths(sample.total, sum(counts) / len(counts), max(counts), True)
+    mean, longest = sum(counts) / len(counts), max(counts)
+    if kind != "sft":
+        return Lengths(sample.total, mean, longest, True)
+    labels = count_labels(tokenizer, sample.rows) if assistant_only else counts
+    return Lengths(sample.total, mean, longest, True, labels=tuple(labels))
 
 
 def _tokenizer(model: Path) -> PreTrainedTokenizerBase | None:
@@ -96,6 +122,15 @@ def count_tokens(kind: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[
         render_whole(tokenizer, [row["prompt"] + row[s] for row in rows]) for s in ("chosen", "rejected")
     ]
     return [max(map(len, pair)) for pair in zip(*sides, strict=True)]
+
+
+def count_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:
+    """The assistant's tokens in each row; nothing where the template does not mark them."""
+    try:
+        encoded = label_conversations(tokenizer, _column(rows, "messages"))
+    except UserError:
+        return []
+    return [sum(label != IGNORED for label in row.labels) for row in encoded]
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[Any]:

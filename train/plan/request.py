@@ -44,7 +44,8 @@ class RewardModel:
 class Request:
     """One training step on one device.
 
-    kind: the stage's. rows, length: of a micro-batch, in sequences and tokens, pairs counting as two. padded:
+    kind: the stage's. rows, length: of a micro-batch, in sequences and tokens, pairs counting as two.
+    labelled: its tokens that the output head is computed for (`train.supervised_head`), None for all. padded:
     whether sequences of a batch differ in length, so that attention needs a mask. packed: they stand end to
     end in one row. adapters_follow: LoRA matrices have the type of the weights, where peft would take
     float32. weights: type the weights are held in; autocast: type of the arithmetic, where another.
@@ -62,6 +63,7 @@ class Request:
     autocast: torch.dtype | None = None
     checkpointing: bool = False
     attention: str | None = None
+    labelled: int | None = None
     padded: bool = True
     packed: bool = False
     accumulates: bool = False

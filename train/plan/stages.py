@@ -73,7 +73,15 @@ def describe(block: StageBlock, stages: Stages, device: Device, devices: int) ->
     args.max_length = limit
     drops = isinstance(config, (*PAIRS, KtoConfig, OnlineConfig))
     [data] = [ref.value for ref in find_references(config) if ref.field == "data"]
-    lengths = read_lengths(block.kind, data, model.directory, limit, config.seed, drops=drops)
+    lengths = read_lengths(
+        block.kind,
+        data,
+        model.directory,
+        limit,
+        config.seed,
+        drops=drops,
+        assistant_only=bool(config.trainer.get("assistant_only_loss", True)),
+    )
     request = _trl_request(block.kind, config, model, args, lengths, device)
     rewards: tuple[RewardModel, ...] = ()
     if isinstance(config, OnlineConfig):
@@ -104,13 +112,21 @@ def _trl_request(
     reference = isinstance(config, (DpoConfig, KtoConfig)) and not precomputed
     if isinstance(config, OnlineConfig):
         reference = args.beta != 0.0
+    length = args.max_length if packed else lengths.longest
+    labelled = None
+    if kind == "sft" and device == "cpu" and not args.torch_compile:
+        labelled = lengths.labelled(rows, length)
+        if packed and lengths.labels:
+            share = sum(lengths.labels) / len(lengths.labels) / lengths.mean
+            labelled = int(min(share, 1.0) * rows * length)
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return Request(
         kind=kind,
         config=model.config,
         peft=trained_adapter(config.peft, model),
         rows=rows,
-        length=args.max_length if packed else lengths.longest,
+        length=length,
+        labelled=labelled,
         device=device,
         weights=torch_dtype(config.dtype),
         autocast=autocast,

@@ -49,6 +49,8 @@ class TrainedModel:
         model = adapt(plain, request.peft, task, follow=request.adapters_follow)
         give_storage(model, mode)
         model.train()
+        if request.labelled is not None:
+            plain.base_model.register_forward_hook(_keep_labelled(request.labelled))
         if request.checkpointing:
             plain.activation_checkpointing_enable()
             if request.peft is not None:
@@ -125,16 +127,33 @@ def make_batch(request: Request) -> dict[str, Tensor | None]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids) if request.padded else None}
 
 
-def fused_logprobs(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Log-probabilities of every token through TRL's fused head."""
-    output = model(**batch, labels=batch["input_ids"], use_cache=False, fused_lm_head=True)
+def _keep_labelled(count: int) -> Callable[[nn.Module, Any, Any], Any]:
+    """As `train.supervised_head`: the head sees `count` positions. Which ones takes no memory to say here."""
+
+    def keep(module: nn.Module, args: Any, output: Any) -> Any:
+        hidden_BTD = output.last_hidden_state
+        flat = hidden_BTD[:, :-1].flatten(0, 1)
+        kept_ND = flat[torch.zeros(count, dtype=torch.long)]
+        last = hidden_BTD.new_zeros(1, hidden_BTD.shape[-1])
+        output.last_hidden_state = torch.cat([kept_ND, last])[None]
+        return output
+
+    return keep
+
+
+def fused_logprobs(model: Any, batch: dict[str, Any], labelled: int | None = None) -> Tensor:
+    """Log-probabilities of every token, or of so many, through TRL's fused head."""
+    labels = batch["input_ids"]
+    if labelled is not None:
+        labels = labels.new_zeros(1, labelled + 1)
+    output = model(**batch, labels=labels, use_cache=False, fused_lm_head=True)
     logprobs: Tensor = output.log_probs
     return logprobs
 
 
 def fused_loss(request: Request, trained: TrainedModel, reference: Any, batch: dict[str, Any]) -> Tensor:
     """sft, pretrain: negative log-likelihood."""
-    return -fused_logprobs(trained.model, batch).sum()
+    return -fused_logprobs(trained.model, batch, request.labelled).sum()
 
 
 def preference_loss(
