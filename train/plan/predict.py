@@ -34,7 +34,7 @@ CUDA_CONTEXT = 1e9
 FRAGMENTATION = 1.05
 """What the caching allocator holds over what is allocated. Assumed."""
 RESIDENT = 2.3
-"""Resident over allocated memory on a CPU, the largest measured with 110 million parameters (docs/plan.md)."""
+"""Resident over allocated memory on a CPU: the largest measured at 110 M parameters (docs/plan.md)."""
 COUNTS = (1, 2, 4, 8)
 """Numbers of devices that are tried."""
 
