@@ -33,8 +33,8 @@ CUDA_CONTEXT = 1e9
 """Bytes of a GPU that are not the allocator's: CUDA context, cuBLAS workspaces, NCCL. Assumed."""
 FRAGMENTATION = 1.05
 """What the caching allocator holds over what is allocated. Assumed."""
-RESIDENT = 2.0
-"""Resident over allocated memory on a CPU, rounded up from models of 110 million parameters."""
+RESIDENT = 2.3
+"""Resident over allocated memory on a CPU: the largest measured at 110 M parameters (docs/plan.md)."""
 COUNTS = (1, 2, 4, 8)
 """Numbers of devices that are tried."""
 
