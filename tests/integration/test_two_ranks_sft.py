@@ -31,6 +31,7 @@ def launch(*arguments: str | Path) -> None:
     assert finished.returncode == 0, finished.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_together_and_end_as_one(tmp_path, tiny_model_dir, conversation_data):
     """Step 3 lies between two log rows, so the running means of both are carried over too."""
     two, one = tmp_path / "two", tmp_path / "one"
