@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.integration.conftest import load_adapter, make_config, read_rows
 from train.checkpoints import is_complete, last_complete_checkpoint
@@ -160,3 +161,16 @@ def test_a_truncated_file_makes_a_checkpoint_incomplete(sft_run, tmp_path):
     state.write_bytes(state.read_bytes()[:-1])
     assert last_complete_checkpoint(tmp_path / "checkpoints").name == "checkpoint-3"
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_head_alone_resumes_to_the_bit(run_stage, tmp_path, tiny_model_dir, preference_data):
+    """Its checkpoints hold the head only; the trunk comes from the model it started from."""
+    fields = {"model": tiny_model_dir, "data": preference_data, "peft": None, "head_only": True}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_stage("reward", whole, **fields)
+    cut_back(whole, cut, stop=3)
+    assert run_stage("reward", cut, **fields)["resumed_from_step"] == 3
+    a, b = (load_file(run / "model" / "model.safetensors") for run in (whole, cut))
+    assert a.keys() == b.keys() and len(a) > 1
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert read_rows(whole) == read_rows(cut)
