@@ -20,9 +20,9 @@ from posttrain.context import StageContext
 from posttrain.errors import RequeueError
 from posttrain.inputs import resolve
 from posttrain.models import load_tokenizer
+from train.adapters import load_policy
 from train.callbacks import fit
 from train.config import SftConfig
-from train.peft_setup import load_policy
 from train.sft import load_rows
 from train.trainer_args import build_args
 
@@ -55,11 +55,14 @@ def train(model: Path, data: Path, folder: Path, processes: int, rank: int, stop
     run_dir.mkdir(parents=True, exist_ok=True)
     context = StageContext(run_dir=run_dir, config=config, inputs=inputs, console=Console(quiet=True))
     tokenizer = load_tokenizer(model)
-    rows, _ = load_rows(context, "train", tokenizer, True, 256)
+    rows, _ = load_rows(context, "train", tokenizer, config.trainer, 256)
     args = build_args(config, folder / "checkpoints", max_length=256, assistant_only_loss=False)
     args.assistant_only_loss = False
     trainer = SFTTrainer(
-        model=load_policy(model, config), args=args, train_dataset=rows, processing_class=tokenizer
+        model=load_policy(model, config, context.checkpoints).model,
+        args=args,
+        train_dataset=rows,
+        processing_class=tokenizer,
     )
     trainer.add_callback(Preempt(stop if rank == processes - 1 else 0))
     try:
