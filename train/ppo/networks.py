@@ -253,7 +253,9 @@ class Networks(nn.Module):
         """Keep the matrices of linear layers that are never trained in the type that autocast gives them.
 
         Under autocast in that type nothing changes, to the bit: it would round the same float32 weights the
-        same way in every forward pass. Adapters, heads, norms and embeddings stay as they are.
+        same way in every forward pass. Adapters, heads, norms and embeddings keep their type. They are copied
+        out of the memory-mapped weight file, which would stay mapped, and its float32 matrices resident, for
+        as long as one tensor of it lives.
         """
         kept = {id(trunk.plain.get_input_embeddings().weight) for trunk in self._trunks()}
         for head in (self.value_head, self.reward_head):
@@ -263,6 +265,9 @@ class Networks(nn.Module):
                 weight = module.weight
                 if not weight.requires_grad and id(weight) not in kept:
                     weight.data = weight.data.to(dtype)
+        for parameter in self.parameters():
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.clone()
 
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
         """Parameters that the optimizers move, by part ("policy", "value") and name."""
