@@ -19,7 +19,8 @@ from posttrain.errors import UserError
 @dataclass(frozen=True)
 class StageSpec:
     """One kind of stage. config, run, check, preflight: "module:attribute". version: raise it when the same
-    configuration would now give another result, so that finished runs are done again."""
+    configuration would now give another result, so that finished runs are done again. keep: what of a run
+    directory a rerun adds to instead of replacing it."""
 
     name: str
     config: str
@@ -28,6 +29,7 @@ class StageSpec:
     version: int
     help: str
     preflight: str | None = None
+    keep: tuple[str, ...] = ()
 
 
 def _spec(
@@ -39,8 +41,9 @@ def _spec(
     check: str | None = None,
     preflight: str | None = None,
     version: int = 1,
+    keep: tuple[str, ...] = (),
 ) -> StageSpec:
-    return StageSpec(name, config, run, check, version, help, preflight)
+    return StageSpec(name, config, run, check, version, help, preflight, keep)
 
 
 STAGES: dict[str, StageSpec] = {
@@ -148,6 +151,8 @@ STAGES: dict[str, StageSpec] = {
             "serving.export:run",
             "Write a Triton model repository.",
             check="serving.config:check_export",
+            version=2,
+            keep=("model_repository", "export.json"),
         ),
         _spec(
             "serve",
@@ -155,6 +160,7 @@ STAGES: dict[str, StageSpec] = {
             "serving.stage:run",
             "Serve it and check parity.",
             check="serving.config:check_serve",
+            version=2,
         ),
     )
 }

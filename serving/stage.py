@@ -17,18 +17,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data_prep.dataset import read_split
 from posttrain.context import StageContext
-from posttrain.errors import DataError, PosttrainError, UserError
+from posttrain.errors import PosttrainError, UserError
 from posttrain.inputs import resolve
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.rundir import atomic_write_json, atomic_write_text
 from serving.client import Generation, TritonClient, import_grpc
 from serving.config import ServeConfig
 from serving.embedded import EmbeddedServer, find_environment
-from serving.export import REPOSITORY, read_export, weights_dir
 from serving.parity import (
     LOGPROB_BOUNDS,
     Reference,
@@ -37,11 +35,8 @@ from serving.parity import (
     reference_answer,
     render,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Messages = list[dict[str, str]]
+from serving.prompts import Messages, select_prompts
+from serving.repository import REPOSITORY, read_export, weights_dir
 
 
 def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
@@ -160,33 +155,6 @@ def prompt_room(config: ServeConfig, manifest: dict[str, Any]) -> int:
             "    lower max_new_tokens, or export with a larger max_output_tokens and max_model_len"
         )
     return manifest["max_model_len"] - config.max_new_tokens
-
-
-def select_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int
-) -> list[Messages]:
-    """The first `count` conversations of the eval split, less their last answer, of at most `longest` tokens.
-
-    Raises DataError when the rows hold no conversation, or none fits.
-    """
-    rows = read_split(path, "eval")
-    column = next((name for name in ("prompt", "messages") if name in rows.column_names), None)
-    if column is None:
-        raise DataError(
-            f"{path}: holds no prompts\n    name a data set of kind prompt, preference or conversation"
-        )
-    chosen: list[Messages] = []
-    for row in rows:
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row[column]]
-        if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if messages and len(tokenizer(render(tokenizer, messages))["input_ids"]) <= longest:
-            chosen.append(messages)
-        if len(chosen) == count:
-            break
-    if not chosen:
-        raise DataError(f"{path}: no prompt of the eval split has at most {longest} tokens")
-    return chosen
 
 
 def write_samples(

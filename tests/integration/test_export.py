@@ -14,11 +14,12 @@ from posttrain.hashing import hash_file
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.stage import execute_stage
 from serving.config import ExportConfig
-from serving.export import describe_files, read_export, weights_dir
+from serving.repository import describe_files, read_export, weights_dir
 from tests.integration.conftest import file_names
 
 REPOSITORY = {
     "desk/config.pbtxt",
+    "desk/1/golden.json",
     "desk/1/model.json",
     "desk/1/weights/chat_template.jinja",
     "desk/1/weights/config.json",
@@ -64,7 +65,7 @@ def test_writes_exactly_these_files_readable_by_all(exported):
 
 
 def test_the_manifest_describes_every_file_and_where_they_come_from(exported, tiny_model_dir):
-    manifest = json.loads((exported / "export.json").read_text())
+    manifest = read_export(exported)
     root = exported / "model_repository"
     assert set(manifest["files"]) == REPOSITORY
     assert all(entry["sha256"] == hash_file(root / name) for name, entry in manifest["files"].items())

@@ -23,9 +23,9 @@ from posttrain.stage import execute_stage
 from serving.client import RequestFailedError, TritonClient, import_grpc, post_json
 from serving.config import ExportConfig, ServeConfig
 from serving.embedded import EmbeddedServer, find_environment
-from serving.export import read_export, weights_dir
 from serving.parity import compare_all, reference_answer, render
-from serving.stage import select_prompts
+from serving.prompts import select_prompts
+from serving.repository import read_export, weights_dir
 
 ROOT = Path(__file__).parents[2]
 NAME = "desk"
