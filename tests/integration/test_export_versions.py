@@ -87,9 +87,7 @@ def test_a_damaged_newest_version_is_replaced_by_a_new_one(tmp_path, two_version
 def test_a_repository_is_of_one_model_and_one_target(tmp_path, two_versions, tiny_model_dir, fields):
     run_dir = tmp_path / "export"
     shutil.copytree(two_versions[0], run_dir)
-    with pytest.raises(
-        UserError, match=f"{next(iter(fields))}: .*export to another directory|(.|\n)*--output"
-    ):
+    with pytest.raises(UserError, match=f"{next(iter(fields))}: (.|\n)*export to another directory"):
         _export(run_dir, tiny_model_dir, **fields)
     assert list(read_index(run_dir)["versions"]) == ["1", "2"]
 
