@@ -12,13 +12,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from serving.parity import first_difference
+from serving.parity import LOGPROB_BOUNDS, first_difference
 
 if TYPE_CHECKING:
     from serving.golden import Answer
 
 SHOWN_TOKENS = 6
 SHOWN_PROMPTS = 3
+
+
+def tie_margin(dtype: str) -> float:
+    """Margin, in nats, up to which a difference is a tie: none in float32, the bound in half precision."""
+    return 0.0 if dtype == "float32" else LOGPROB_BOUNDS[dtype]
 
 
 class Answered(Protocol):

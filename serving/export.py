@@ -18,6 +18,7 @@ working directory.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,10 +30,13 @@ from posttrain.context import StageContext
 from posttrain.models import load_tokenizer
 from posttrain.rundir import STAGING_PREFIX, atomic_write_text
 from serving.adapters import check_adapters, write_adapters
+from serving.columns import compare_columns, explain, table, tie_margin
 from serving.config import ExportConfig
 from serving.deploy import write_deployment
 from serving.golden import GoldenMaker, golden_conversations, make_golden, write_golden
 from serving.manifest import adapter_behind, content_of, describe_export
+from serving.onnx_graph import export_onnx
+from serving.parity import LOGPROB_BOUNDS
 from serving.portable import make_readable
 from serving.repository import (
     REPOSITORY,
@@ -62,7 +66,9 @@ def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
     same = find_same(context.run_dir, index, content) if config.version is None else None
     if index is not None and same is not None:
         manifest = index["versions"][same]
-        layout = Layout(config, same, manifest["max_model_len"], manifest["max_lora_rank"])
+        onnx = manifest["onnx"]
+        scores = (onnx["output"], onnx["size"]) if onnx else None
+        layout = Layout(config, same, manifest["max_model_len"], manifest["max_lora_rank"], scores)
         write_config(model_dir, layout)
         write_index(context.run_dir, index["versions"])
         context.console.print(f"version {same} of {config.name} has this content already", highlight=False)
@@ -89,6 +95,7 @@ def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
         "bytes": total,
         "max_model_len": manifest["max_model_len"],
         **{f"golden_{key}": value for key, value in (manifest["golden"] or {}).items()},
+        **({"onnx_max_difference": manifest["onnx"]["max_difference"]} if manifest["onnx"] else {}),
     }
 
 
@@ -101,6 +108,8 @@ def write_version(
     that would read a served prompt otherwise than training did.
     """
     source = context.path("model")
+    if config.target == "triton-onnx":
+        return _write_onnx(config, context, source, staged, version)
     adapters = {name: context.path(f"adapters.{name}") for name in config.adapters}
     rank = None
     if adapters:
@@ -112,11 +121,25 @@ def write_version(
             write_adapters(staged, adapters, layout.mount)
         write_target(staged, layout)
     golden = None
-    if config.golden_prompts and config.target != "triton-onnx":
+    if config.golden_prompts:
         with context.phase("golden"):
             golden = _write_golden(config, context, layout, source, adapters, staged)
     make_readable(staged)
-    return layout, {"golden": golden}
+    return layout, {"golden": golden, "onnx": None}
+
+
+def _write_onnx(
+    config: ExportConfig, context: StageContext, source: Path, staged: Path, version: str
+) -> tuple[Layout, dict[str, Any]]:
+    with context.phase("write"):
+        made = export_onnx(source, staged, config.seed)
+    make_readable(staged)
+    context.console.print(
+        f"ONNX Runtime agrees with torch within {made['max_difference']:.1e}", highlight=False
+    )
+    length = context_length(config, made["max_model_len"])
+    layout = Layout(config, version, length, None, (made["output"], made["size"]))
+    return layout, {"golden": None, "onnx": made}
 
 
 def _write_golden(
@@ -134,7 +157,23 @@ def _write_golden(
     trained = adapter_behind(context.inputs["model"]) or source
     golden = make_golden(maker, config, trained, adapters, staged)
     write_golden(staged, golden)
-    return {"prompts": len(golden.prompts), "max_new_tokens": room}
+    bound, tie = LOGPROB_BOUNDS[config.dtype], tie_margin(config.dtype)
+    identical, largest = len(golden.prompts), 0.0
+    for name, columns in golden.served.items():
+        (first, reference), (second, written) = columns.items()
+        compared = compare_columns(first, reference, second, written, tie=tie)
+        identical = min(identical, compared.identical)
+        largest = max(largest, math.inf if compared.max_logprob_delta is None else compared.max_logprob_delta)
+        lines = table(name or config.name, [compared], bound)
+        if not compared.passed(bound):
+            lines += explain(compared, reference, written, lambda token: tokenizer.decode([token]))
+        context.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    return {
+        "prompts": len(golden.prompts),
+        "max_new_tokens": room,
+        "identical": identical,
+        "max_logprob_delta": largest,
+    }
 
 
 def write_config(model_dir: Path, layout: Layout) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from posttrain.errors import UserError
 from posttrain.models import load_tokenizer
 from serving.client import TritonClient
-from serving.columns import Comparison, table
+from serving.columns import Comparison, table, tie_margin
 from serving.golden import GoldenSet, read_golden
 from serving.http_client import HttpClient
 from serving.parity import LOGPROB_BOUNDS
@@ -120,7 +120,7 @@ def check_parity(
     golden = first_prompts(golden, num_prompts)
     bound = max_logprob_delta or LOGPROB_BOUNDS[golden.dtype]
     if tie is None:
-        tie = 0.0 if golden.dtype == "float32" else LOGPROB_BOUNDS[golden.dtype]
+        tie = tie_margin(golden.dtype)
     name = model or manifest["name"]
     http = HttpClient(url, name, manifest["version"], timeout_s)
     http.check_ready()

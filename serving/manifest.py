@@ -15,6 +15,7 @@ from posttrain.models import is_adapter
 from posttrain.planning import hash_inputs
 from posttrain.rundir import read_manifest
 from serving.config import ExportConfig
+from serving.onnx_graph import TOKENIZER
 from serving.repository import WEIGHTS
 from serving.targets import Layout
 
@@ -55,7 +56,9 @@ def describe_export(
             | {"lineage": lineage(context.inputs[f"adapters.{name}"].manifest)}
             for name in config.adapters
         },
-        "fingerprints": fingerprint_tokenizer(staged / WEIGHTS),
+        "fingerprints": fingerprint_tokenizer(
+            staged / (TOKENIZER if config.target == "triton-onnx" else WEIGHTS)
+        ),
         "lineage": lineage(found.manifest),
         "evaluation": evaluations(context),
         "code": code_version(),

@@ -4,7 +4,7 @@ triton-vllm, kserve    model.json            engine arguments of vLLM, read by T
 vllm                   model.json            the same, for the record; deploy/ has the command
 triton-python          model.json, model.py  and what it imports: transformers on Triton's Python backend
 triton-trtllm          model.yaml            arguments of TensorRT-LLM's LLM API
-triton-onnx            model.onnx            serving/onnx.py
+triton-onnx            model.onnx            serving/onnx_graph.py
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import yaml
 
 from serving.config import ExportConfig
 from serving.contract import render_config
+from serving.onnx_graph import render_onnx_config
 from serving.repository import WEIGHTS
 from serving.weights import write_json
 
@@ -27,12 +28,16 @@ _BACKEND_MODULES = ("__init__.py", "adapters.py", "engine.py", "sampling.py")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a version is and what it may be asked for. max_lora_rank: None without adapters."""
+    """Where a version is and what it may be asked for.
+
+    max_lora_rank: None without adapters. scores: name and size of an ONNX graph's output, None for others.
+    """
 
     config: ExportConfig
     version: str
     max_model_len: int
     max_lora_rank: int | None
+    scores: tuple[str, int] | None = None
 
     @property
     def mount(self) -> str:
@@ -76,10 +81,8 @@ class Layout:
         config = self.config
         if config.target in ("vllm", "triton-trtllm"):
             return None
-        if config.target == "triton-onnx":
-            from serving.onnx import render_onnx_config
-
-            return render_onnx_config(config.name, config.num_versions)
+        if self.scores is not None:
+            return render_onnx_config(config.name, *self.scores, config.num_versions)
         limits = {name: str(value) for name, value in self.limits.items()}
         python = config.target == "triton-python"
         return render_config(
@@ -94,6 +97,8 @@ class Layout:
 def write_target(version_dir: Path, layout: Layout) -> None:
     """Write the files of the target that stand beside the weights."""
     target = layout.config.target
+    if target == "triton-onnx":
+        return
     if target == "triton-trtllm":
         text = yaml.safe_dump(trtllm_arguments(layout), sort_keys=False)
         (version_dir / "model.yaml").write_text(text, encoding="utf-8")

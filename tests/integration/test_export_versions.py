@@ -16,7 +16,7 @@ from posttrain.stage import execute_stage
 from serving.config import ExportConfig
 from serving.golden import read_golden
 from serving.repository import describe_files, read_export, read_index, version_dir, weights_dir
-from tests.integration.conftest import random_adapter
+from tests.conftest import random_adapter
 
 FIELDS = {"name": "desk", "golden_prompts": 3, "golden_tokens": 6}
 

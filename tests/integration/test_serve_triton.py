@@ -276,6 +276,8 @@ def test_the_stage_proves_the_export_and_leaves_nothing_running(tmp_path, export
     parity = json.loads((tmp_path / "serve" / "parity.json").read_text())
     assert parity["passed"]
     assert len(parity["comparisons"]) == 12
+    assert parity["golden"]["passed"]
+    assert metrics["golden_passed"]
     samples = [json.loads(line) for line in (tmp_path / "serve" / "samples.jsonl").read_text().splitlines()]
     assert [sample["token_ids"] for sample in samples] == [c["served_ids"] for c in parity["comparisons"]]
     assert "Signal (15) received" in (tmp_path / "serve" / "triton.log").read_text()
