@@ -125,6 +125,14 @@ def check_export(config: ExportConfig, where: str) -> list[Problem]:
                 "give the path inside the container, for example /models, or null",
             )
         )
+    if config.mount_path is None and config.target not in ("triton-vllm", "triton-python", "triton-onnx"):
+        problems.append(
+            Problem(
+                f"{where}.mount_path",
+                f"the target {config.target} resolves no relative path",
+                "give the path inside the container, for example /models",
+            )
+        )
     for key in sorted(RESERVED_ENGINE_ARGS & config.engine_args.keys()):
         problems.append(
             Problem(

@@ -77,7 +77,7 @@ def dockerfile(layout: Layout) -> str:
         versions = package_versions()
         wanted = [f"{package}=={versions[package]}" for package in ("torch", "transformers", "peft")]
         lines.append(f"RUN pip install --no-cache-dir {' '.join(wanted)}".replace("+cpu", ""))
-    lines.append(f"COPY --chmod=a+rX {REPOSITORY} {mount}")
+    lines.append(f"COPY {REPOSITORY} {mount}")
     if layout.config.target == "triton-trtllm":
         # model.py, helpers.py and config.pbtxt belong to the release of TensorRT-LLM in the image.
         lines += [

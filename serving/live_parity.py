@@ -118,9 +118,8 @@ def check_parity(
             "    export a language model with golden_prompts of at least 1"
         )
     golden = first_prompts(golden, num_prompts)
-    bound = max_logprob_delta or LOGPROB_BOUNDS[golden.dtype]
-    if tie is None:
-        tie = tie_margin(golden.dtype)
+    bound = LOGPROB_BOUNDS[golden.dtype] if max_logprob_delta is None else max_logprob_delta
+    tie = tie_margin(golden.dtype) if tie is None else tie
     name = model or manifest["name"]
     http = HttpClient(url, name, manifest["version"], timeout_s)
     http.check_ready()
@@ -136,9 +135,13 @@ def check_parity(
         sampling = greedy(golden.max_new_tokens, lora_name)
         answers = server.streamed([prompt["text"] for prompt in golden.prompts], sampling)
         tables[lora_name] = compare_served(golden, lora_name, answers, tie)
-        checks.append(check_answers(golden, lora_name, answers, tables[lora_name], bound, tokenizer))
-        checks.append(check_streaming(server, golden, sampling, answers))
-        checks.append(check_stopping(server, golden, lora_name, answers, tokenizer))
+        found = [
+            check_answers(golden, lora_name, answers, tables[lora_name], bound, tokenizer),
+            check_streaming(server, golden, sampling, answers),
+            check_stopping(server, golden, lora_name, answers, tokenizer),
+        ]
+        prefix = f"{lora_name}: " if lora_name else ""
+        checks += [replace(check, summary=prefix + check.summary) for check in found]
     subject = f"{export_dir}, version {manifest['version']}, at {http.url}"
     return ParityResult(subject, checks, tables, bound)
 

@@ -100,7 +100,10 @@ def evaluations(context: StageContext) -> list[dict[str, Any]]:
     hashes = {found.content_hash, *(parent["content_hash"] for parent in _merged_from(found.manifest))}
     results = []
     for path in sorted(found.path.parent.parent.glob("*/manifest.json")):
-        manifest = read_manifest(path.parent)
+        try:
+            manifest = read_manifest(path.parent)
+        except UserError:
+            continue  # Another program's manifest.json.
         if manifest is None or (manifest["stage"], manifest["status"]) != ("eval", "complete"):
             continue
         fields = [parent["field"] for parent in manifest["parents"] if parent["content_hash"] in hashes]

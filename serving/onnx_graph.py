@@ -39,10 +39,10 @@ def export_onnx(source: Path, version_dir: Path, seed: int) -> dict[str, Any]:
     _require_packages()
     from transformers import AutoTokenizer
 
-    model, output, calibration = load_scorer(source)
+    model, output, calibration = loadmake_scorer(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.save_pretrained(version_dir / TOKENIZER)
-    scorer = _scorer(model, calibration)
+    scorer = make_scorer(model, calibration)
     path = version_dir / "model.onnx"
     size = _write_graph(scorer, output, path)
     longest = int(model.config.get_text_config().max_position_embeddings)
@@ -71,7 +71,7 @@ def _require_packages() -> None:
         ) from error
 
 
-def load_scorer(source: Path) -> tuple[Any, str, dict[str, Any] | None]:
+def loadmake_scorer(source: Path) -> tuple[Any, str, dict[str, Any] | None]:
     """The model in float32, the name of its output, and a reward model's calibration.
 
     A model with one label and a `score` head is a reward model; any other is a classifier, read by its own
@@ -95,8 +95,8 @@ def load_scorer(source: Path) -> tuple[Any, str, dict[str, Any] | None]:
     return model, "score", calibration
 
 
-def _scorer(model: Any, calibration: dict[str, Any] | None) -> torch.nn.Module:
-    """(input_ids_BT, attention_mask_BT) -> scores_B1 or logits_BL."""
+def make_scorer(model: Any, calibration: dict[str, Any] | None) -> torch.nn.Module:
+    """What becomes the graph: (input_ids_BT, attention_mask_BT) -> scores_B1 or logits_BL."""
     import torch
 
     # Its mask is arithmetic; sdpa chooses between ways of masking while it is traced.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serving.client import Generation, TritonClient, collect
-from serving.columns import Comparison, compare_columns, explain
+from serving.columns import Answered, Comparison, compare_columns, explain
 from serving.golden import Answer, GoldenSet
 from serving.http_client import HttpClient
 from serving.parity import render
@@ -141,7 +141,7 @@ def check_answers(
     """Tokens, log-probabilities, prompt lengths, texts and ends of the served answers."""
     columns = golden.served[lora_name]
     reference = next(iter(columns.values()))
-    answered = {**columns, "served": answers}
+    answered: dict[str, Sequence[Answered]] = {**columns, "served": answers}
     details: list[str] = []
     for comparison in comparisons:
         if comparison.passed(bound):
@@ -166,8 +166,6 @@ def check_answers(
     ended = sum(answer.finish_reason == "stop" for answer in reference)
     served = comparisons[2]
     summary = f"{served.identical}/{served.prompts} greedy answers, token by token; {ended} end by themselves"
-    if lora_name:
-        summary = f"{lora_name}: {summary}"
     return Check("answers", not details, summary, details)
 
 

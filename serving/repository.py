@@ -12,11 +12,13 @@ number is not used again.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.hashing import hash_file
+from posttrain.preflight import Findings
 from posttrain.rundir import atomic_write_json, fsync_path
 
 MANIFEST = "export.json"
@@ -82,6 +84,16 @@ def check_same_model(index: dict[str, Any] | None, name: str, target: str, expor
                 f"{field}: {export_dir / REPOSITORY} has versions of {field} {index[field]}, not {value}\n"
                 "    export to another directory (--output, or another stage name in the pipeline)"
             )
+
+
+def preflight(config: Any, paths: Mapping[str, Path], run_dir: Path) -> Findings:
+    """What speaks against exporting into `run_dir`: versions of another model or target are there."""
+    findings = Findings()
+    try:
+        check_same_model(read_index(run_dir), config.name, config.target, run_dir)
+    except UserError as error:
+        findings.fail_with("", error)
+    return findings
 
 
 def find_same(export_dir: Path, index: dict[str, Any] | None, content: str) -> str | None:

@@ -96,14 +96,14 @@ def test_a_language_model_is_no_classifier(export, tiny_model_dir):
 @needs_onnx
 def test_a_graph_that_differs_is_found(export, tiny_reward_dir, tmp_path):
     """The comparison that guards the export sees a score that is off by two parts in 100,000."""
-    from serving.onnx_graph import _scorer, compare_with_torch
+    from serving.onnx_graph import compare_with_torch, make_scorer
 
     run_dir = export("triton-onnx", tiny_reward_dir)
     path = version_dir(run_dir, read_export(run_dir)) / "model.onnx"
     model, calibration = load_reward_model(tiny_reward_dir)
-    assert compare_with_torch(_scorer(model, calibration), path, 300, 256, 0) <= 1e-5
+    assert compare_with_torch(make_scorer(model, calibration), path, 300, 256, 0) <= 1e-5
     moved = {"bias": calibration["bias"] + 2e-5}
-    assert compare_with_torch(_scorer(model, moved), path, 300, 256, 0) > 1e-5
+    assert compare_with_torch(make_scorer(model, moved), path, 300, 256, 0) > 1e-5
 
 
 def test_the_python_target_brings_the_code_it_needs(export, tiny_model_dir):
@@ -167,7 +167,7 @@ def test_deployment_files_of_the_default_target(export, tiny_model_dir):
         port["name"] for port in container["ports"]
     }
     assert deployment["spec"]["selector"]["matchLabels"] == service["spec"]["selector"]
-    assert "COPY --chmod=a+rX model_repository /srv/models" in (run_dir / "deploy/Dockerfile").read_text()
+    assert "COPY model_repository /srv/models" in (run_dir / "deploy/Dockerfile").read_text()
 
 
 def test_the_docker_script_runs_the_image_with_the_repository_mounted(export, tiny_model_dir, tmp_path):

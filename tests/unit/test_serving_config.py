@@ -37,6 +37,13 @@ def test_problems_of_an_export_are_reported_together():
     assert check_export(ExportConfig(model="m"), "x") == []
 
 
+def test_what_a_target_cannot_do_is_a_problem():
+    config = ExportConfig(model="m", target="triton-trtllm", adapters={"a": "x"}, mount_path=None)
+    problems = check_export(config, "x")
+    assert [problem.where for problem in problems] == ["x.mount_path", "x.adapters"]
+    assert "triton-vllm" in problems[1].remedy
+
+
 def test_engine_arguments_name_the_path_inside_the_container():
     config = ExportConfig(model="m", name="desk", mount_path="/srv/models/", engine_args={"max_num_seqs": 8})
     assert Layout(config, "2", 512, None).engine_arguments() == {
