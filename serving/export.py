@@ -39,6 +39,7 @@ from serving.onnx_graph import export_onnx
 from serving.parity import LOGPROB_BOUNDS
 from serving.portable import make_readable
 from serving.repository import (
+    MANIFEST,
     REPOSITORY,
     WEIGHTS,
     check_same_model,
@@ -54,7 +55,7 @@ from serving.repository import (
 from serving.targets import Layout, write_target
 from serving.weights import context_length, write_model
 
-__all__ = ["REPOSITORY", "describe_files", "read_export", "run", "weights_dir"]
+__all__ = ["MANIFEST", "REPOSITORY", "describe_files", "read_export", "run", "weights_dir"]
 
 
 def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:

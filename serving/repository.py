@@ -30,19 +30,19 @@ SCHEMA_VERSION = 2
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """{path inside the directory: {"sha256", "bytes"}}, in a fixed order."""
+    """{path inside the directory: {"sha256", "bytes"}}, in a fixed order; Python's caches left out."""
     return {
         file.relative_to(directory).as_posix(): {"sha256": hash_file(file), "bytes": file.stat().st_size}
         for file in sorted(directory.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.parent.name != "__pycache__"
     }
 
 
 def read_index(export_dir: Path) -> dict[str, Any] | None:
     """export.json as it is, None where there is none.
 
-    {"schema_version", "name", "target", "version": the newest, "shared": files outside the versions,
-    "versions": {version: manifest}}.
+    The manifest of the newest version ("name", "version", "limits", ...), "shared": the files outside the
+    versions, and "versions": {version: manifest}.
     Raises UserError when another release wrote it.
     """
     path = export_dir / MANIFEST
@@ -127,14 +127,11 @@ def publish(
 
 def write_index(export_dir: Path, versions: dict[str, dict[str, Any]]) -> None:
     """Replace export.json; `versions` in order, the newest last."""
-    newest = list(versions)[-1]
-    name, target = versions[newest]["name"], versions[newest]["target"]
+    newest = versions[list(versions)[-1]]
     index = {
         "schema_version": SCHEMA_VERSION,
-        "name": name,
-        "target": target,
-        "version": newest,
-        "shared": _shared_files(export_dir, name),
+        **newest,
+        "shared": _shared_files(export_dir, newest["name"]),
         "versions": versions,
     }
     atomic_write_json(export_dir / MANIFEST, index)

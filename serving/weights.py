@@ -20,7 +20,8 @@ def write_model(config: ExportConfig, source: Path, weights: Path) -> int:
     weights.mkdir(parents=True)
     model.save_pretrained(weights)
     tokenizer.save_pretrained(weights)
-    make_portable(weights, tokenizer)
+    make_portable(weights, str(tokenizer.chat_template))
+    check_prompt_tokens(weights, tokenizer)
     return int(model.config.get_text_config().max_position_embeddings)
 
 
@@ -35,13 +36,17 @@ def context_length(config: ExportConfig, allowed: int) -> int:
     return wanted
 
 
-def make_portable(weights: Path, tokenizer: Any) -> None:
-    """Rewrite the JSON files that older containers cannot read; check that a prompt gets no extra token."""
-    rewrite_json(weights / "config.json", portable_config)
+def make_portable(directory: Path, chat_template: str) -> None:
+    """Rewrite config.json and tokenizer_config.json so that older containers can read them."""
+    rewrite_json(directory / "config.json", portable_config)
     rewrite_json(
-        weights / "tokenizer_config.json",
-        lambda settings: portable_tokenizer_config(settings, tokenizer.chat_template),
+        directory / "tokenizer_config.json",
+        lambda settings: portable_tokenizer_config(settings, chat_template),
     )
+
+
+def check_prompt_tokens(weights: Path, tokenizer: Any) -> None:
+    """Make sure that the server adds no token to a rendered prompt. Raises UserError where it would."""
     probe = tokenizer.apply_chat_template(
         [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
     )

@@ -120,6 +120,9 @@ def test_the_python_target_brings_the_code_it_needs(export, tiny_model_dir):
     config = (run_dir / "model_repository" / "desk" / "config.pbtxt").read_text()
     assert 'backend: "python"' in config
     assert "KIND_AUTO" in config
+    (run_dir / "model_repository/desk/1/__pycache__").mkdir()
+    (run_dir / "model_repository/desk/1/__pycache__/model.cpython-311.pyc").touch()
+    assert read_export(run_dir)["target"] == "triton-python"
     assert "pip install --no-cache-dir torch==" in (run_dir / "deploy" / "Dockerfile").read_text()
 
 

@@ -47,6 +47,8 @@ def test_other_inputs_add_a_version_and_leave_the_first_as_it_is(two_versions):
     assert engine["model"] == "/models/desk/2/weights"
     config = (run_dir / "model_repository" / "desk" / "config.pbtxt").read_text()
     assert "num_versions: 2" in config
+    index = read_index(run_dir)
+    assert (index["version"], index["max_model_len"]) == ("2", 128), "the newest version's own fields"
 
 
 def test_a_version_that_exists_is_refused_and_stays(tmp_path, two_versions, tiny_model_dir):
