@@ -151,7 +151,6 @@ STAGES: dict[str, StageSpec] = {
             "serving.export:run",
             "Write a Triton model repository.",
             check="serving.config:check_export",
-            preflight="serving.repository:preflight",
             version=2,
             keep=("model_repository", "export.json"),
         ),

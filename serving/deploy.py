@@ -57,6 +57,11 @@ def mount_of(layout: Layout) -> str:
     return (layout.config.mount_path or DEFAULT_MOUNT).rstrip("/")
 
 
+def resource_name(layout: Layout) -> str:
+    """The model's name as Kubernetes and Docker take names: lower case, dashes, none at the end."""
+    return layout.config.name.lower().replace("_", "-").rstrip("-")
+
+
 def needs_gpu(layout: Layout) -> int:
     """GPUs that one server asks for."""
     if layout.config.target in ("triton-python", "triton-onnx"):
@@ -72,7 +77,7 @@ def server_command(layout: Layout) -> list[str]:
 def dockerfile(layout: Layout) -> str:
     """An image that holds the repository; build it in RUN, with -f deploy/Dockerfile."""
     mount, name = mount_of(layout), layout.config.name
-    lines = [f"# docker build -f deploy/Dockerfile -t {name.lower()} .", f"FROM {image_of(layout)}"]
+    lines = [f"# docker build -f deploy/Dockerfile -t {resource_name(layout)} .", f"FROM {image_of(layout)}"]
     if layout.config.target == "triton-python":
         versions = package_versions()
         wanted = [f"{package}=={versions[package]}" for package in ("torch", "transformers", "peft")]
@@ -104,7 +109,7 @@ def docker_run(layout: Layout) -> str:
         lines = ["#!/bin/sh", "# Run in the export's directory."]
     if built:
         # Their images lack what the model needs, so one is built that has it and the repository.
-        tag = layout.config.name.lower()
+        tag = resource_name(layout)
         lines += ["set -e", f"docker build -f deploy/Dockerfile -t {tag} ."]
         lines.append(f"exec docker run --rm {gpus}--shm-size 2g {ports} {tag}")
     else:
@@ -144,7 +149,7 @@ def vllm_serve(layout: Layout) -> str:
 
 def kubernetes(layout: Layout) -> list[dict[str, Any]]:
     """A Deployment and a Service; the repository is on a volume claim of the model's name."""
-    name = layout.config.name.lower().replace("_", "-")
+    name = resource_name(layout)
     labels = {"app.kubernetes.io/name": name}
     return [
         {
@@ -173,7 +178,7 @@ def kubernetes(layout: Layout) -> list[dict[str, Any]]:
 
 def inference_service(layout: Layout) -> list[dict[str, Any]]:
     """KServe's InferenceService: Triton's image as a custom predictor, the repository on a volume claim."""
-    name = layout.config.name.lower().replace("_", "-")
+    name = resource_name(layout)
     pod = _pod(layout, name, "kserve-container")
     # KServe routes to one port only, and names it by protocol.
     pod["containers"][0]["ports"] = [{"name": "http1", "containerPort": 8000, "protocol": "TCP"}]

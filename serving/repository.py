@@ -12,13 +12,11 @@ number is not used again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.hashing import hash_file
-from posttrain.preflight import Findings
 from posttrain.rundir import atomic_write_json, fsync_path
 
 MANIFEST = "export.json"
@@ -86,16 +84,6 @@ def check_same_model(index: dict[str, Any] | None, name: str, target: str, expor
             )
 
 
-def preflight(config: Any, paths: Mapping[str, Path], run_dir: Path) -> Findings:
-    """What speaks against exporting into `run_dir`: versions of another model or target are there."""
-    findings = Findings()
-    try:
-        check_same_model(read_index(run_dir), config.name, config.target, run_dir)
-    except UserError as error:
-        findings.fail_with("", error)
-    return findings
-
-
 def find_same(export_dir: Path, index: dict[str, Any] | None, content: str) -> str | None:
     """The newest version if it was made from the same content and is intact; none need be written then."""
     if index is None:
@@ -126,12 +114,18 @@ def publish(
 
 
 def write_index(export_dir: Path, versions: dict[str, dict[str, Any]]) -> None:
-    """Replace export.json; `versions` in order, the newest last."""
+    """Replace export.json; `versions` in order, the newest last. One whose folder is gone is left out."""
+    name = versions[list(versions)[-1]]["name"]
+    versions = {
+        version: manifest
+        for version, manifest in versions.items()
+        if (export_dir / REPOSITORY / name / version).is_dir()
+    }
     newest = versions[list(versions)[-1]]
     index = {
         "schema_version": SCHEMA_VERSION,
         **newest,
-        "shared": _shared_files(export_dir, newest["name"]),
+        "shared": _shared_files(export_dir, name),
         "versions": versions,
     }
     atomic_write_json(export_dir / MANIFEST, index)

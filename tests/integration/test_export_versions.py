@@ -72,6 +72,9 @@ def test_the_same_content_is_no_new_version(tmp_path, two_versions, tiny_model_d
     assert list(read_index(run_dir)["versions"]) == ["1", "2"]
     assert "num_versions: 1" in (run_dir / "model_repository" / "desk" / "config.pbtxt").read_text()
     read_export(run_dir)
+    shutil.rmtree(run_dir / "model_repository" / "desk" / "1")
+    assert execute_stage("export", config, run_dir).status == "completed"
+    assert list(read_index(run_dir)["versions"]) == ["2"], "a removed version is no longer listed"
 
 
 def test_a_damaged_newest_version_is_replaced_by_a_new_one(tmp_path, two_versions, tiny_model_dir):
