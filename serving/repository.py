@@ -25,6 +25,7 @@ WEIGHTS = "weights"
 ADAPTERS = "adapters"
 GOLDEN = "golden.json"
 SCHEMA_VERSION = 2
+EMBEDDED_TARGETS = ("triton-vllm", "triton-python", "kserve")
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
@@ -167,6 +168,15 @@ def read_export(export_dir: Path, version: str | None = None) -> dict[str, Any]:
             what = "is missing" if path not in present else "is not what was exported"
             raise UserError(f"{export_dir / REPOSITORY / path}: {what}; export again")
     return {**manifest, "files": listed}
+
+
+def check_servable(manifest: dict[str, Any]) -> None:
+    """Raise UserError when the embedded server has no backend for an export's target."""
+    if manifest["target"] not in EMBEDDED_TARGETS:
+        raise UserError(
+            f"export: the embedded server does not serve the target {manifest['target']}\n"
+            f"    export with the target {' or '.join(EMBEDDED_TARGETS)}"
+        )
 
 
 def version_dir(export_dir: Path, manifest: dict[str, Any]) -> Path:

@@ -38,7 +38,7 @@ from serving.parity import (
     render,
 )
 from serving.prompts import Messages, select_prompts
-from serving.repository import REPOSITORY, read_export, weights_dir
+from serving.repository import REPOSITORY, check_servable, read_export, weights_dir
 
 
 def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
     import_grpc()
     export_dir = context.path("export")
     manifest = read_export(export_dir)
+    check_servable(manifest)
     source = reference_path(config, context, manifest)
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, dtype=manifest["dtype"])

@@ -16,7 +16,7 @@ from posttrain.errors import UserError
 from posttrain.models import load_reward_model, score_ids
 from posttrain.stage import execute_stage
 from serving.config import ExportConfig
-from serving.repository import read_export, version_dir
+from serving.repository import check_servable, read_export, version_dir
 from tests.conftest import llama_config, random_adapter
 from tests.integration.conftest import file_names
 
@@ -130,6 +130,8 @@ def test_the_trtllm_target_has_the_layout_of_the_llm_api(export, tiny_model_dir)
     run_dir = export("triton-trtllm", tiny_model_dir, engine_args={"tensor_parallel_size": 2})
     names = {name for name in file_names(run_dir / "model_repository") if "weights" not in name}
     assert names == {"desk/1/model.yaml"}
+    with pytest.raises(UserError, match="the embedded server does not serve the target triton-trtllm"):
+        check_servable(read_export(run_dir))
     arguments = yaml.safe_load((run_dir / "model_repository/desk/1/model.yaml").read_text())
     assert arguments["model"] == "/models/desk/1/weights"
     assert arguments["tensor_parallel_size"] == 2
