@@ -21,7 +21,8 @@ from posttrain.errors import UserError
 @dataclass(frozen=True)
 class StageSpec:
     """One kind of stage. config, run, check, preflight, outline: "module:attribute". version: raise it when
-    the same configuration would now give another result, so that finished runs are done again."""
+    the same configuration would now give another result, so that finished runs are done again. keep: what of
+    a run directory a rerun adds to instead of replacing it."""
 
     name: str
     config: str
@@ -31,6 +32,7 @@ class StageSpec:
     help: str
     preflight: str | None = None
     outline: str | None = None
+    keep: tuple[str, ...] = ()
 
 
 def _spec(
@@ -43,8 +45,9 @@ def _spec(
     preflight: str | None = None,
     outline: str | None = None,
     version: int = 1,
+    keep: tuple[str, ...] = (),
 ) -> StageSpec:
-    return StageSpec(name, config, run, check, version, help, preflight, outline)
+    return StageSpec(name, config, run, check, version, help, preflight, outline, keep)
 
 
 _OUTLINE = "train.preflight.outline:check"
@@ -181,6 +184,8 @@ STAGES: dict[str, StageSpec] = {
             "serving.export:run",
             "Write a Triton model repository.",
             check="serving.config:check_export",
+            version=2,
+            keep=("model_repository", "export.json"),
         ),
         _spec(
             "serve",
@@ -188,6 +193,7 @@ STAGES: dict[str, StageSpec] = {
             "serving.stage:run",
             "Serve it and check parity.",
             check="serving.config:check_serve",
+            version=2,
         ),
     )
 }

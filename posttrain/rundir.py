@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,11 @@ class RunDir:
         for item in self.path.glob(f"{STAGING_PREFIX}*"):
             _remove(item)
 
-    def clear(self) -> None:
-        """Make room for a rerun. The contents of a finished run are kept once, in `.previous/`."""
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Make room for a rerun. The contents of a finished run are kept once, in `.previous/`.
+
+        keep: names in the directory that stay where they are, since the rerun adds to them.
+        """
         manifest = self.manifest()
         finished = manifest is not None and manifest["status"] == "complete"
         previous = self.path / PREVIOUS
@@ -241,6 +244,7 @@ class RunDir:
                 item.name.startswith(".")
                 and not item.name.startswith(STAGING_PREFIX)
                 or item.name == "manifest.json"
+                or item.name in keep
             ):
                 continue
             if finished and not item.name.startswith(STAGING_PREFIX):

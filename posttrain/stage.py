@@ -112,7 +112,7 @@ def _begin(kind: str, config: StageConfig, run: RunDir, plan: Plan) -> dict[str,
         run.remove_staging()
         (run.path / "error.log").unlink(missing_ok=True)
     elif plan.action == "rerun":
-        run.clear()
+        run.clear(keep=stage_spec(kind).keep)
     parents = [
         {
             "field": name,

@@ -15,7 +15,7 @@ constraints=$root/constraints.txt
 
 pinned() { grep -E "^$1==" "$constraints"; }
 torch=$(pinned torch)
-models=$(printf '%s\n' transformers tokenizers safetensors huggingface_hub Jinja2 | while read -r name; do pinned "$name"; done)
+models=$(printf '%s\n' transformers peft accelerate tokenizers safetensors huggingface_hub Jinja2 | while read -r name; do pinned "$name"; done)
 server="nvidia-pytriton==0.7.0"
 wanted=$(printf '%s\n' "$torch" "$models" "$server" 'numpy<2' "$("$python" --version)" | sha256sum | cut -d' ' -f1)
 stamp=$directory/.posttrain-triton
@@ -42,6 +42,6 @@ pip=("$directory/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" "$torch" 'numpy<2'
 # shellcheck disable=SC2086  # one requirement a word
 "${pip[@]}" "$torch" 'numpy<2' $server $models
-"$directory/bin/python" -c 'import numpy, torch, transformers; assert numpy.__version__ < "2", numpy.__version__'
+"$directory/bin/python" -c 'import numpy, peft, torch, transformers; assert numpy.__version__ < "2", numpy.__version__'
 echo "$wanted" > "$stamp"
 echo "$directory is ready"

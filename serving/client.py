@@ -55,13 +55,19 @@ class Generation:
 
 
 class TritonClient:
-    """Talks to one model. Urls are "host:port"; `timeout_s` bounds the wait for each response."""
+    """Talks to one model. Urls are "host:port"; `timeout_s` bounds the wait for each response.
 
-    def __init__(self, http_url: str, grpc_url: str, model_name: str, timeout_s: float = 120.0) -> None:
+    version: of the model; "" is the newest that the server has loaded.
+    """
+
+    def __init__(
+        self, http_url: str, grpc_url: str, model_name: str, timeout_s: float = 120.0, version: str = ""
+    ) -> None:
         self.http_url = http_url
         self.grpc_url = grpc_url
         self.model_name = model_name
         self.timeout_s = timeout_s
+        self.version = version
 
     def generate(
         self,
@@ -83,7 +89,7 @@ class TritonClient:
         """
 
         def one(prompt: str) -> Generation:
-            answer = self._collect(prompt, sampling)
+            answer = collect(self.stream(prompt, sampling), self.model_name)
             on_done()
             return answer
 
@@ -91,26 +97,6 @@ class TritonClient:
             return [one(prompt) for prompt in prompts]
         with ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(one, prompts))
-
-    def _collect(self, prompt: str, sampling: dict[str, Any]) -> Generation:
-        started = time.perf_counter()
-        first_token_s = 0.0
-        chunks: list[Chunk] = []
-        for chunk in self.stream(prompt, sampling):
-            if not chunks:
-                first_token_s = time.perf_counter() - started
-            chunks.append(chunk)
-        if not chunks:
-            raise RequestFailedError(f"{self.model_name}: the stream ended without an answer")
-        return Generation(
-            text="".join(chunk.text for chunk in chunks),
-            token_ids=[token for chunk in chunks for token in chunk.token_ids],
-            logprobs=[value for chunk in chunks for value in chunk.logprobs],
-            finish_reason=chunks[-1].finish_reason,
-            num_input_tokens=chunks[-1].num_input_tokens,
-            first_token_s=first_token_s,
-            total_s=time.perf_counter() - started,
-        )
 
     def stream(self, prompt: str, sampling: dict[str, Any]) -> Iterator[Chunk]:
         """Responses as they arrive. Closing the iterator early cancels the request.
@@ -126,7 +112,9 @@ class TritonClient:
         client.start_stream(lambda result, error: responses.put((result, error)))
         finished = False
         try:
-            client.async_stream_infer(self.model_name, inputs, enable_empty_final_response=True)
+            client.async_stream_infer(
+                self.model_name, inputs, model_version=self.version, enable_empty_final_response=True
+            )
             while not finished:
                 result, error = self._next(responses)
                 if error is not None:
@@ -170,6 +158,37 @@ class TritonClient:
         return answer
 
 
+def collect(stream: Iterator[Chunk], model_name: str) -> Generation:
+    """The whole answer of a stream. Raises RequestFailedError where it ends without any."""
+    started = time.perf_counter()
+    first_token_s = 0.0
+    chunks: list[Chunk] = []
+    for chunk in stream:
+        if not chunks:
+            first_token_s = time.perf_counter() - started
+        chunks.append(chunk)
+    if not chunks:
+        raise RequestFailedError(f"{model_name}: the stream ended without an answer")
+    return Generation(
+        text="".join(chunk.text for chunk in chunks),
+        token_ids=[token for chunk in chunks for token in chunk.token_ids],
+        logprobs=[value for chunk in chunks for value in chunk.logprobs],
+        finish_reason=chunks[-1].finish_reason,
+        num_input_tokens=chunks[-1].num_input_tokens,
+        first_token_s=first_token_s,
+        total_s=time.perf_counter() - started,
+    )
+
+
+def drawn_tokens(text: str) -> tuple[list[int], list[float]]:
+    """Token ids and log-probabilities of the drawn tokens in the `logprobs` output.
+
+    The drawn token comes first at each position, then the likeliest ones, if more were asked for.
+    """
+    drawn = [next(iter(position.items())) for position in json.loads(text) or []]
+    return [int(token) for token, _ in drawn], [float(entry["logprob"]) for _, entry in drawn]
+
+
 def import_grpc() -> Any:
     """tritonclient.grpc. Raises UserError with the install command when it is not there."""
     try:
@@ -210,13 +229,11 @@ def _grpc_inputs(grpc: Any, prompt: str, sampling: dict[str, Any]) -> list[Any]:
 
 def _chunk(result: Any) -> Chunk:
     reason = result.as_numpy("finish_reason")[0].decode("utf-8")
-    positions = json.loads(result.as_numpy("logprobs")[0].decode("utf-8")) or []
-    # The drawn token comes first, then the likeliest ones, if more were asked for.
-    drawn = [next(iter(position.items())) for position in positions]
+    token_ids, logprobs = drawn_tokens(result.as_numpy("logprobs")[0].decode("utf-8"))
     return Chunk(
         text=result.as_numpy("text_output")[0].decode("utf-8"),
-        token_ids=[int(token) for token, _ in drawn],
-        logprobs=[float(entry["logprob"]) for _, entry in drawn],
+        token_ids=token_ids,
+        logprobs=logprobs,
         finish_reason=None if reason == "None" else reason,
         num_input_tokens=int(result.as_numpy("num_input_tokens").reshape(-1)[0]),
     )

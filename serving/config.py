@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -10,17 +10,37 @@ from posttrain.config import DatasetRef, ModelRef, RunRef, StageConfig
 from posttrain.errors import Problem, UserError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Target = Literal["triton-vllm", "triton-python", "triton-onnx", "triton-trtllm", "vllm", "kserve"]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+AdapterName = Annotated[str, Field(pattern=NAME_PATTERN)]
+ADAPTER_TARGETS = ("triton-vllm", "triton-python", "vllm", "kserve")
 
 
 class ExportConfig(StageConfig):
-    """Write a Triton model repository for the vLLM backend from a trained model."""
+    """Write a trained model, or a base model and adapters, as a versioned repository for a server."""
 
-    model: ModelRef = Field(description="Trained model or adapter; an adapter is merged into its base.")
+    model: ModelRef = Field(
+        description="Trained model or adapter; an adapter is merged into its base. With `adapters`: the base."
+    )
+    adapters: dict[AdapterName, ModelRef] = Field(
+        default_factory=dict,
+        description="LoRA adapters of `model`, served unmerged beside it: a request names one as lora_name.",
+    )
+    target: Target = Field(
+        "triton-vllm",
+        description="What is to serve it: Triton's vLLM backend; Triton's Python backend with transformers; "
+        "its ONNX Runtime backend (reward models and classifiers) or its TensorRT-LLM backend; vLLM by "
+        "itself; KServe.",
+    )
     name: str = Field(
         "posttrain",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$",
+        pattern=NAME_PATTERN,
         description="Model name in the repository: what a client asks Triton for.",
     )
+    version: int | None = Field(
+        None, ge=1, description="Version to write, which must not exist; default: the next one."
+    )
+    num_versions: int = Field(1, ge=1, description="How many of the newest versions the server loads.")
     dtype: Dtype = Field("float32", description="Precision of the exported weights and of serving.")
     max_model_len: int | None = Field(
         None, ge=8, description="Most tokens of prompt and answer together; default: what the model allows."
@@ -35,7 +55,20 @@ class ExportConfig(StageConfig):
     max_queue: int = Field(256, ge=1, description="Requests that may wait; further ones are refused.")
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="vLLM's share of the GPU's memory.")
     engine_args: dict[str, Any] = Field(
-        default_factory=dict, description="More vLLM engine arguments, written to model.json as they are."
+        default_factory=dict,
+        description="More arguments of vLLM or TensorRT-LLM, written as they are.",
+    )
+    prompts: DatasetRef | None = Field(
+        None,
+        description="Prompt, preference or conversation dataset whose eval split gives the golden prompts; "
+        "null: a few general ones.",
+    )
+    golden_prompts: int = Field(
+        32, ge=0, description="Prompts whose greedy answers are stored for `posttrain parity`; 0: none."
+    )
+    golden_tokens: int = Field(48, ge=1, description="Longest golden answer, in tokens.")
+    image: str | None = Field(
+        None, description="Container image in the deployment files; default: that of the target."
     )
 
 
@@ -67,7 +100,18 @@ class ServeConfig(StageConfig):
     request_timeout_s: float = Field(120.0, gt=0, description="Seconds one answer may take.")
 
 
-RESERVED_ENGINE_ARGS = frozenset({"model", "tokenizer", "dtype", "max_model_len", "gpu_memory_utilization"})
+RESERVED_ENGINE_ARGS = frozenset(
+    {
+        "model",
+        "tokenizer",
+        "dtype",
+        "max_model_len",
+        "gpu_memory_utilization",
+        "enable_lora",
+        "max_lora_rank",
+        "max_loras",
+    }
+)
 
 
 def check_export(config: ExportConfig, where: str) -> list[Problem]:
@@ -81,10 +125,26 @@ def check_export(config: ExportConfig, where: str) -> list[Problem]:
                 "give the path inside the container, for example /models, or null",
             )
         )
+    if config.mount_path is None and config.target not in ("triton-vllm", "triton-python", "triton-onnx"):
+        problems.append(
+            Problem(
+                f"{where}.mount_path",
+                f"the target {config.target} resolves no relative path",
+                "give the path inside the container, for example /models",
+            )
+        )
     for key in sorted(RESERVED_ENGINE_ARGS & config.engine_args.keys()):
         problems.append(
             Problem(
                 f"{where}.engine_args.{key}", "is written by the export", "use the stage's own fields instead"
+            )
+        )
+    if config.adapters and config.target not in ADAPTER_TARGETS:
+        problems.append(
+            Problem(
+                f"{where}.adapters",
+                f"the target {config.target} serves no adapters",
+                f"use the target {' or '.join(ADAPTER_TARGETS)}, or export each adapter merged",
             )
         )
     if config.max_model_len is not None and config.max_output_tokens > config.max_model_len:

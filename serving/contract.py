@@ -43,20 +43,29 @@ OUTPUTS = (
 )
 
 
-def render_config(name: str, parameters: Mapping[str, str]) -> str:
+def render_config(
+    name: str,
+    parameters: Mapping[str, str],
+    *,
+    backend: str = "vllm",
+    kind: str = "KIND_MODEL",
+    num_versions: int = 1,
+) -> str:
     """Text of config.pbtxt.
 
     Args:
         name: the model's name, equal to its folder's.
         parameters: strings for the backend. The embedded one reads its caps from them; vLLM's ignores them.
+        backend, kind: of Triton; the Python backend has the same tensors as vLLM's.
+        num_versions: how many of the newest versions are loaded.
     """
     lines = [
         f'name: "{name}"',
-        'backend: "vllm"',
+        f'backend: "{backend}"',
         "max_batch_size: 0",
         "model_transaction_policy { decoupled: true }",
-        "version_policy { latest { num_versions: 1 } }",
-        "instance_group [ { count: 1 kind: KIND_MODEL } ]",
+        f"version_policy {{ latest {{ num_versions: {num_versions} }} }}",
+        f"instance_group [ {{ count: 1 kind: {kind} }} ]",
     ]
     lines += [_tensor("input", spec) for spec in INPUTS]
     lines += [_tensor("output", spec) for spec in OUTPUTS]

@@ -1,17 +1,14 @@
-"""Stage `export`: a model repository for Triton's vLLM backend, and a manifest of what is in it.
+"""Stage `export`: a trained model as a versioned repository for a server, and a manifest of what is in it.
 
     posttrain run configs/tiny/pipeline.yaml --only export
 
-    RUN/export.json                              sha256 of every file, source, tokenizer and template hashes
-    RUN/model_repository/<name>/config.pbtxt     all inputs and outputs of the vLLM backend
-    RUN/model_repository/<name>/1/model.json     vLLM engine arguments
-    RUN/model_repository/<name>/1/weights/       merged weights, tokenizer, chat template
+    RUN/export.json                              versions, sources, lineage, evaluation, sha256 of every file
+    RUN/model_repository/<name>/config.pbtxt     what Triton is told (not for every target)
+    RUN/model_repository/<name>/1/               one version: weights, engine arguments, golden.json
+    RUN/deploy/                                  Dockerfile, docker run, Kubernetes for the newest version
 
-On a GPU, in the image nvcr.io/nvidia/tritonserver:<yy.mm>-vllm-python-py3:
-
-    docker run --gpus all -v RUN/model_repository:/models IMAGE tritonserver --model-repository=/models
-
-Here: the `serve` stage, which loads the same files with the stand-in backend of serving/backends/vllm.
+A rerun with other inputs adds the next version and touches none that is there. What each target writes is in
+serving/targets.py; golden.json is what `posttrain parity` holds a server to.
 
 Where the weights are: model.json holds <mount_path>/<name>/1/weights, which is where vLLM finds them in the
 container. The embedded server maps a path that ends in <name>/1/... onto the folder it serves. With
@@ -21,168 +18,179 @@ working directory.
 
 from __future__ import annotations
 
-import json
-import os
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from posttrain.context import StageContext
-from posttrain.environment import package_versions
-from posttrain.errors import UserError
-from posttrain.hashing import fingerprint_tokenizer, hash_file
-from posttrain.models import is_adapter, load_causal_lm, load_tokenizer
-from posttrain.portable import make_portable, rewrite_json
-from posttrain.rundir import atomic_write_json
+from posttrain.models import load_tokenizer
+from posttrain.rundir import STAGING_PREFIX, atomic_write_text
+from serving.adapters import check_adapters, write_adapters
+from serving.columns import compare_columns, explain, table, tie_margin
 from serving.config import ExportConfig
-from serving.contract import render_config
-from serving.portable import make_readable, without_added_tokens
+from serving.deploy import write_deployment
+from serving.golden import GoldenMaker, golden_conversations, make_golden, write_golden
+from serving.manifest import adapter_behind, content_of, describe_export
+from serving.onnx_graph import export_onnx
+from serving.parity import LOGPROB_BOUNDS
+from serving.portable import make_readable
+from serving.repository import (
+    MANIFEST,
+    REPOSITORY,
+    WEIGHTS,
+    check_same_model,
+    choose_version,
+    describe_files,
+    find_same,
+    publish,
+    read_export,
+    read_index,
+    weights_dir,
+    write_index,
+)
+from serving.targets import Layout, write_target
+from serving.weights import context_length, write_model
 
-MANIFEST = "export.json"
-REPOSITORY = "model_repository"
-SCHEMA_VERSION = 1
-VERSION = "1"
-WEIGHTS = "weights"
+__all__ = ["MANIFEST", "REPOSITORY", "describe_files", "read_export", "run", "weights_dir"]
 
 
 def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
-    """Write the repository and its manifest; returns {"files", "bytes", "max_model_len"}."""
-    source = context.path("model")
-    tokenizer = load_tokenizer(source)
-    with context.phase("load"):
-        model = load_causal_lm(source, dtype=config.dtype)
-    max_model_len = context_length(config, model.config.max_position_embeddings)
-    max_output_tokens = min(config.max_output_tokens, max_model_len)
-
-    with context.phase("write"), context.staging(REPOSITORY) as root:
-        version_dir = root / config.name / VERSION
-        weights = version_dir / WEIGHTS
-        weights.mkdir(parents=True)
-        model.save_pretrained(weights)
-        tokenizer.save_pretrained(weights)
-        make_portable(weights, tokenizer.chat_template)
-        check_prompt_tokens(weights, tokenizer)
-        write_json(version_dir / "model.json", engine_arguments(config, max_model_len))
-        limits = {
-            "max_prompt_characters": str(config.max_prompt_characters),
-            "max_output_tokens": str(max_output_tokens),
-            "max_queue": str(config.max_queue),
-        }
-        (root / config.name / "config.pbtxt").write_text(render_config(config.name, limits), encoding="utf-8")
-        make_readable(root)
-
-    found = context.inputs["model"]
-    repository = context.run_dir / REPOSITORY
-    files = describe_files(repository)
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "target": "triton-vllm",
-        "name": config.name,
-        "version": VERSION,
-        "dtype": config.dtype,
-        "max_model_len": max_model_len,
-        "limits": {name: int(value) for name, value in limits.items()},
-        "source": {
-            "ref": found.ref,
-            "path": str(source),
-            "relative_path": os.path.relpath(source, context.run_dir),
-            "content_hash": found.content_hash,
-            "adapter": is_adapter(source),
-            "fingerprints": fingerprint_tokenizer(source),
-        },
-        "fingerprints": fingerprint_tokenizer(repository / config.name / VERSION / WEIGHTS),
-        "lineage": lineage(found.manifest),
-        "packages": package_versions(),
-        "files": files,
-    }
-    atomic_write_json(context.run_dir / MANIFEST, manifest)
-    total = sum(entry["bytes"] for entry in files.values())
+    """Write a version and its manifest; returns {"version", "files", "bytes", ...}."""
+    index = read_index(context.run_dir)
+    check_same_model(index, config.name, config.target, context.run_dir)
+    model_dir = context.run_dir / REPOSITORY / config.name
+    content = content_of(config, context)
+    same = find_same(context.run_dir, index, content) if config.version is None else None
+    if index is not None and same is not None:
+        manifest = index["versions"][same]
+        onnx = manifest["onnx"]
+        scores = (onnx["output"], onnx["size"]) if onnx else None
+        layout = Layout(config, same, manifest["max_model_len"], manifest["max_lora_rank"], scores)
+        write_config(model_dir, layout)
+        write_index(context.run_dir, index["versions"])
+        context.console.print(f"version {same} of {config.name} has this content already", highlight=False)
+    else:
+        version = choose_version(index, model_dir, config.version)
+        with _staging(context.run_dir) as staged:
+            layout, details = write_version(config, context, staged, version)
+            manifest = describe_export(config, context, layout, details | {"content": content}, staged)
+            model_dir.mkdir(parents=True, exist_ok=True)
+            write_config(model_dir, layout)
+            manifest = publish(context.run_dir, staged, version, manifest, index)
+    with context.staging("deploy") as folder:
+        write_deployment(folder, layout)
+        make_readable(folder)
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
     context.console.print(
-        f"exported {config.name}: {len(files)} files, {total / 1e6:.1f} MB", highlight=False
+        f"exported {config.name}, version {manifest['version']}, for {config.target}: "
+        f"{len(manifest['files'])} files, {total / 1e6:.1f} MB",
+        highlight=False,
     )
-    return {"files": len(files), "bytes": total, "max_model_len": max_model_len}
-
-
-def context_length(config: ExportConfig, allowed: int) -> int:
-    """The length to serve, in tokens. Raises UserError when it is more than the model was built for."""
-    wanted = config.max_model_len or allowed
-    if wanted > allowed:
-        raise UserError(
-            f"max_model_len: {wanted} tokens, but the model's max_position_embeddings is {allowed}\n"
-            f"    lower max_model_len to {allowed} or remove it"
-        )
-    return wanted
-
-
-def engine_arguments(config: ExportConfig, max_model_len: int) -> dict[str, Any]:
-    """model.json: keyword arguments of vLLM's AsyncEngineArgs."""
-    mount = f"{config.mount_path.rstrip('/')}/{config.name}/{VERSION}/" if config.mount_path else ""
     return {
-        "model": mount + WEIGHTS,
-        "dtype": config.dtype,
-        "max_model_len": max_model_len,
-        "gpu_memory_utilization": config.gpu_memory_utilization,
-        **config.engine_args,
+        "version": int(manifest["version"]),
+        "files": len(manifest["files"]),
+        "bytes": total,
+        "max_model_len": manifest["max_model_len"],
+        **{f"golden_{key}": value for key, value in (manifest["golden"] or {}).items()},
+        **({"onnx_max_difference": manifest["onnx"]["max_difference"]} if manifest["onnx"] else {}),
     }
 
 
-def check_prompt_tokens(weights: Path, tokenizer: Any) -> None:
-    """Make sure that the server adds no token to a rendered prompt."""
-    probe = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], tokenize=False, add_generation_prompt=True
+def write_version(
+    config: ExportConfig, context: StageContext, staged: Path, version: str
+) -> tuple[Layout, dict[str, Any]]:
+    """Fill a staged version folder; what was learned on the way goes to the manifest.
+
+    Raises UserError for adapters that cannot be served unmerged, too large a max_model_len, or a tokenizer
+    that would read a served prompt otherwise than training did.
+    """
+    source = context.path("model")
+    if config.target == "triton-onnx":
+        return _write_onnx(config, context, source, staged, version)
+    adapters = {name: context.path(f"adapters.{name}") for name in config.adapters}
+    rank = None
+    if adapters:
+        rank = check_adapters(source, context.inputs["model"].content_hash, adapters)
+    with context.phase("write"):
+        allowed = write_model(config, source, staged / WEIGHTS)
+        layout = Layout(config, version, context_length(config, allowed), rank)
+        if adapters:
+            write_adapters(staged, adapters, layout.mount)
+        write_target(staged, layout)
+    golden = None
+    if config.golden_prompts:
+        with context.phase("golden"):
+            golden = _write_golden(config, context, layout, source, adapters, staged)
+    make_readable(staged)
+    return layout, {"golden": golden, "onnx": None}
+
+
+def _write_onnx(
+    config: ExportConfig, context: StageContext, source: Path, staged: Path, version: str
+) -> tuple[Layout, dict[str, Any]]:
+    with context.phase("write"):
+        made = export_onnx(source, staged, config.seed)
+    make_readable(staged)
+    context.console.print(
+        f"ONNX Runtime agrees with torch within {made['max_difference']:.1e}", highlight=False
     )
-    expected = tokenizer(probe, add_special_tokens=False)["input_ids"]
-    if tokenizer(probe)["input_ids"] != expected:
-        rewrite_json(weights / "tokenizer.json", without_added_tokens)
-    served = load_tokenizer(weights)(probe)["input_ids"]
-    if served != expected:
-        raise UserError(
-            f"{weights}: the server would read a rendered prompt as {served[:8]}..., "
-            f"training as {expected[:8]}...\n"
-            "    the tokenizer adds special tokens in a way the export cannot undo; "
-            "save it with add_bos_token=false"
-        )
+    length = context_length(config, made["max_model_len"])
+    layout = Layout(config, version, length, None, (made["output"], made["size"]))
+    return layout, {"golden": None, "onnx": made}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Indented JSON with a final newline."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def describe_files(repository: Path) -> dict[str, dict[str, Any]]:
-    """{path inside the repository: {"sha256", "bytes"}}, in a fixed order."""
+def _write_golden(
+    config: ExportConfig,
+    context: StageContext,
+    layout: Layout,
+    source: Path,
+    adapters: dict[str, Path],
+    staged: Path,
+) -> dict[str, Any]:
+    tokenizer = load_tokenizer(source)
+    room = min(config.golden_tokens, layout.max_output_tokens, layout.max_model_len // 2)
+    conversations = golden_conversations(config, context, tokenizer, layout.max_model_len - room - 1)
+    maker = GoldenMaker(tokenizer, conversations, room, context)
+    trained = adapter_behind(context.inputs["model"]) or source
+    golden = make_golden(maker, config, trained, adapters, staged)
+    write_golden(staged, golden)
+    bound, tie = LOGPROB_BOUNDS[config.dtype], tie_margin(config.dtype)
+    identical, largest = len(golden.prompts), 0.0
+    for name, columns in golden.served.items():
+        (first, reference), (second, written) = columns.items()
+        compared = compare_columns(first, reference, second, written, tie=tie)
+        identical = min(identical, compared.identical)
+        largest = max(largest, math.inf if compared.max_logprob_delta is None else compared.max_logprob_delta)
+        lines = table(name or config.name, [compared], bound)
+        if not compared.passed(bound):
+            lines += explain(compared, reference, written, lambda token: tokenizer.decode([token]))
+        context.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return {
-        file.relative_to(repository).as_posix(): {"sha256": hash_file(file), "bytes": file.stat().st_size}
-        for file in sorted(repository.rglob("*"))
-        if file.is_file()
+        "prompts": len(golden.prompts),
+        "max_new_tokens": room,
+        "identical": identical,
+        "max_logprob_delta": largest,
     }
 
 
-def lineage(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Of the run that the model comes from: stage, run, hash, parents, seeds and metrics."""
-    if manifest is None:
-        return None
-    keys = ("stage", "name", "outputs_hash", "parents", "seeds", "metrics", "code")
-    return {key: manifest.get(key) for key in keys}
+def write_config(model_dir: Path, layout: Layout) -> None:
+    """config.pbtxt, where the target has one; it is shared by all versions."""
+    text = layout.config_pbtxt()
+    if text is not None:
+        atomic_write_text(model_dir / "config.pbtxt", text)
+    for folder in (model_dir, model_dir.parent):
+        folder.chmod(0o755)
 
 
-def read_export(export_dir: Path) -> dict[str, Any]:
-    """export.json of an export directory. Raises UserError when there is none or a listed file changed."""
-    path = export_dir / MANIFEST
-    if not path.is_file():
-        raise UserError(
-            f"{export_dir}: is not an export (no {MANIFEST})\n    make one with `posttrain export`"
-        )
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{path}: was not written by this version of posttrain (schema {SCHEMA_VERSION})")
-    present = describe_files(export_dir / REPOSITORY)
-    for name in sorted(manifest["files"].keys() | present.keys()):
-        if present.get(name) != manifest["files"].get(name):
-            what = "is missing" if name not in present else "is not what was exported"
-            raise UserError(f"{export_dir / REPOSITORY / name}: {what}; export again")
-    return manifest
-
-
-def weights_dir(export_dir: Path, manifest: dict[str, Any]) -> Path:
-    """Folder of the exported weights and tokenizer."""
-    return export_dir / REPOSITORY / manifest["name"] / manifest["version"] / WEIGHTS
+@contextmanager
+def _staging(run_dir: Path) -> Iterator[Path]:
+    """A folder beside the repository, gone afterwards unless it was moved into place."""
+    staged = Path(tempfile.mkdtemp(dir=run_dir, prefix=f"{STAGING_PREFIX}version-"))
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from posttrain.errors import PosttrainError
 from serving.embedded import EmbeddedServer, find_environment
-from serving.export import REPOSITORY, read_export
+from serving.repository import REPOSITORY, check_servable, read_export
 
 POLL_SECONDS = 0.5
 
@@ -42,7 +42,9 @@ def serve_forever(
         PosttrainError: the server did not start, for example because a port is taken, or it died.
     """
     environment = find_environment(triton_env)
-    name = read_export(export_dir)["name"]
+    manifest = read_export(export_dir)
+    check_servable(manifest)
+    name = manifest["name"]
     with tempfile.TemporaryDirectory(prefix="posttrain-serve-") as scratch:
         server = EmbeddedServer(
             export_dir / REPOSITORY,

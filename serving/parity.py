@@ -169,13 +169,26 @@ def reference_answer(
     messages: list[dict[str, str]],
     max_new_tokens: int,
 ) -> Reference:
-    """Greedy answer of `model.generate()`, every setting written out so that none comes from a file."""
+    """Greedy answer of the trained model to one conversation."""
+    prompt = render(tokenizer, messages)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    output = generate_greedily(model, tokenizer, prompt_ids, max_new_tokens)
+    ids = output.sequences[0, len(prompt_ids) :].tolist()
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Reference(prompt, prompt_ids, ids, text)
+
+
+def generate_greedily(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
+) -> Any:
+    """`model.generate()` with every setting written out, so that none comes from a file.
+
+    Returns transformers' output with `sequences` and, per step, the raw `logits`.
+    """
     import torch
     from transformers import GenerationConfig
 
-    prompt = render(tokenizer, messages)
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids_1T = torch.tensor([prompt_ids])
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -185,18 +198,17 @@ def reference_answer(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         use_cache=True,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
+    ids_1T = torch.tensor([prompt_ids], device=model.device)
     trained_settings, model.generation_config = model.generation_config, settings
     try:
         generate: Any = model.generate
         with torch.inference_mode():
-            output_1T = generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
+            return generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T))
     finally:
         model.generation_config = trained_settings
-    ids = output_1T[0, len(prompt_ids) :].tolist()
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return Reference(prompt, prompt_ids, ids, text)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
     posttrain run configs/tiny/pipeline.yaml --only serve
 
-    RUN/parity.json       every prompt both ways: tokens, texts, log-probability differences
+    RUN/parity.json       every prompt both ways: tokens, texts, log-probability differences; and the
+                          result of `posttrain parity`, the export's golden set asked of the same server
     RUN/samples.jsonl     what was asked and what the server answered
     RUN/triton.log        the server's own log
 
@@ -17,18 +18,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data_prep.dataset import read_split
 from posttrain.context import StageContext
-from posttrain.errors import DataError, PosttrainError, UserError
+from posttrain.errors import PosttrainError, UserError
 from posttrain.inputs import resolve
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.rundir import atomic_write_json, atomic_write_text
 from serving.client import Generation, TritonClient, import_grpc
 from serving.config import ServeConfig
 from serving.embedded import EmbeddedServer, find_environment
-from serving.export import REPOSITORY, read_export, weights_dir
+from serving.live_parity import ParityResult, check_parity
 from serving.parity import (
     LOGPROB_BOUNDS,
     Reference,
@@ -37,11 +37,8 @@ from serving.parity import (
     reference_answer,
     render,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Messages = list[dict[str, str]]
+from serving.prompts import Messages, select_prompts
+from serving.repository import REPOSITORY, check_servable, read_export, weights_dir
 
 
 def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
@@ -50,6 +47,7 @@ def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
     import_grpc()
     export_dir = context.path("export")
     manifest = read_export(export_dir)
+    check_servable(manifest)
     source = reference_path(config, context, manifest)
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, dtype=manifest["dtype"])
@@ -67,11 +65,12 @@ def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
 
     exported = load_tokenizer(weights_dir(export_dir, manifest))
     prompts = [render(exported, messages) for messages in asked]
-    start_s, http_text, answers = ask(config, context, export_dir, manifest["name"], environment, prompts)
+    start_s, http_text, answers, golden = ask(config, context, export_dir, manifest, environment, prompts)
 
     bound = config.max_logprob_delta or LOGPROB_BOUNDS[manifest["dtype"]]
     report = compare_all(model, references, prompts, answers, bound)
-    atomic_write_json(context.run_dir / "parity.json", report.to_json())
+    found = {"golden": golden.as_json()} if golden is not None else {}
+    atomic_write_json(context.run_dir / "parity.json", report.to_json() | found)
     write_samples(context.run_dir / "samples.jsonl", asked, prompts, answers)
     if not report.passed:
         raise PosttrainError(f"{export_dir}: {report.explain(tokenizer)}")
@@ -81,10 +80,16 @@ def run(config: ServeConfig, context: StageContext) -> dict[str, Any]:
             f"    streamed {answers[0].text!r}"
         )
     context.console.print(report.explain(tokenizer), highlight=False)
+    if golden is not None:
+        text = "\n".join(golden.lines())
+        if not golden.passed:
+            raise PosttrainError(f"{export_dir}: {text}")
+        context.console.print(text, highlight=False, markup=False, soft_wrap=True)
     return {
         "parity": f"{report.identical}/{len(report.comparisons)}",
         "max_logprob_delta": report.max_logprob_delta,
         "http_equals_stream": True,
+        **({"golden_passed": golden.passed} if golden is not None else {}),
         "start_s": round(start_s, 2),
         **latencies(answers, context.timings["requests"]),
     }
@@ -94,11 +99,14 @@ def ask(
     config: ServeConfig,
     context: StageContext,
     export_dir: Path,
-    name: str,
+    manifest: dict[str, Any],
     environment: Path,
     prompts: Sequence[str],
-) -> tuple[float, str, list[Generation]]:
-    """Start, ask, stop: seconds to start, the first prompt's answer over HTTP, all answers over gRPC."""
+) -> tuple[float, str, list[Generation], ParityResult | None]:
+    """Start, ask, stop: seconds to start, the first prompt's answer over HTTP, all answers over gRPC, and how
+    the golden set of the export came out, where it has one.
+    """
+    name = manifest["name"]
     sampling = {"temperature": 0.0, "max_tokens": config.max_new_tokens, "logprobs": 0}
     started = time.perf_counter()
     with context.phase("start"), context.progress("starting Triton", None) as waiting:
@@ -120,10 +128,21 @@ def ask(
         http_text = client.generate_http(prompts[0], sampling)["text_output"]
         with context.phase("requests"), context.progress("server answers", len(prompts)) as bar:
             answers = client.generate(prompts, sampling, concurrency=config.concurrency, on_done=bar.advance)
+        golden = None
+        if manifest["golden"] is not None:
+            with context.phase("golden"):
+                golden = check_parity(
+                    export_dir,
+                    f"http://{server.http_url}",
+                    server.grpc_url,
+                    max_logprob_delta=config.max_logprob_delta,
+                    concurrency=config.concurrency,
+                    timeout_s=config.request_timeout_s,
+                )
     finally:
         with context.phase("stop"):
             server.stop()
-    return start_s, http_text, answers
+    return start_s, http_text, answers, golden
 
 
 def reference_path(config: ServeConfig, context: StageContext, manifest: dict[str, Any]) -> Path:
@@ -160,33 +179,6 @@ def prompt_room(config: ServeConfig, manifest: dict[str, Any]) -> int:
             "    lower max_new_tokens, or export with a larger max_output_tokens and max_model_len"
         )
     return manifest["max_model_len"] - config.max_new_tokens
-
-
-def select_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, count: int, longest: int
-) -> list[Messages]:
-    """The first `count` conversations of the eval split, less their last answer, of at most `longest` tokens.
-
-    Raises DataError when the rows hold no conversation, or none fits.
-    """
-    rows = read_split(path, "eval")
-    column = next((name for name in ("prompt", "messages") if name in rows.column_names), None)
-    if column is None:
-        raise DataError(
-            f"{path}: holds no prompts\n    name a data set of kind prompt, preference or conversation"
-        )
-    chosen: list[Messages] = []
-    for row in rows:
-        messages = [{"role": turn["role"], "content": turn["content"]} for turn in row[column]]
-        if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if messages and len(tokenizer(render(tokenizer, messages))["input_ids"]) <= longest:
-            chosen.append(messages)
-        if len(chosen) == count:
-            break
-    if not chosen:
-        raise DataError(f"{path}: no prompt of the eval split has at most {longest} tokens")
-    return chosen
 
 
 def write_samples(

@@ -312,3 +312,29 @@ def prompt_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """48 + 16 plain texts."""
     return _dataset_fixture(tmp_path_factory, "text")
+
+
+def random_adapter(directory: Path, base: Path, *, seed: int, r: int = 4, scale: float = 1.0) -> Path:
+    """A LoRA adapter on `base` with random weights in both factors, those of B times `scale`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from posttrain.models import load_causal_lm, load_tokenizer
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules="all-linear",
+        r=r,
+        lora_alpha=2 * r,
+        init_lora_weights=False,
+    )
+    adapted = get_peft_model(load_causal_lm(base), config)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight *= scale
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    adapted.save_pretrained(directory)
+    load_tokenizer(base).save_pretrained(directory)
+    return directory

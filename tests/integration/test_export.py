@@ -11,14 +11,18 @@ import torch
 
 from posttrain.errors import UserError
 from posttrain.hashing import hash_file
+from posttrain.inputs import resolve
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.stage import execute_stage
 from serving.config import ExportConfig
-from serving.export import describe_files, read_export, weights_dir
+from serving.golden import read_golden
+from serving.parity import reference_answer
+from serving.repository import describe_files, read_export, version_dir, weights_dir
 from tests.integration.conftest import file_names
 
 REPOSITORY = {
     "desk/config.pbtxt",
+    "desk/1/golden.json",
     "desk/1/model.json",
     "desk/1/weights/chat_template.jinja",
     "desk/1/weights/config.json",
@@ -64,7 +68,7 @@ def test_writes_exactly_these_files_readable_by_all(exported):
 
 
 def test_the_manifest_describes_every_file_and_where_they_come_from(exported, tiny_model_dir):
-    manifest = json.loads((exported / "export.json").read_text())
+    manifest = read_export(exported)
     root = exported / "model_repository"
     assert set(manifest["files"]) == REPOSITORY
     assert all(entry["sha256"] == hash_file(root / name) for name, entry in manifest["files"].items())
@@ -112,6 +116,49 @@ def test_an_adapter_is_merged(tmp_path, sft_run, tiny_model_dir):
     assert manifest["source"]["adapter"] is True
     assert manifest["lineage"]["stage"] == "sft"
     assert {parent["field"] for parent in manifest["lineage"]["parents"]} == {"model", "data"}
+
+
+def test_a_merge_run_is_compared_with_the_adapter_that_it_merged(tmp_path, run_stage, sft_run):
+    run_stage("merge", tmp_path / "merged", model=sft_run)
+    found = resolve(str(tmp_path / "merged"), "model")
+    record = {
+        "schema_version": 1,
+        "stage": "eval",
+        "status": "complete",
+        "name": "eval",
+        "parents": [{"field": "models.tuned", "content_hash": found.manifest["parents"][0]["content_hash"]}],
+        "metrics": {"win_rate": 0.6},
+    }
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "manifest.json").write_text(json.dumps(record))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text('{"schema_version": 99}')
+    export_dir = _export(tmp_path / "export", tmp_path / "merged", golden_prompts=4, golden_tokens=8)
+    manifest = read_export(export_dir)
+    assert manifest["lineage"]["stage"] == "merge"
+    assert manifest["evaluation"] == [{"run": "eval", "model": "tuned", "metrics": {"win_rate": 0.6}}]
+    golden = read_golden(version_dir(export_dir, manifest))
+    assert list(golden.served[""]) == ["adapter", "merged"]
+    assert golden.base is not None
+    assert manifest["golden"]["identical"] == manifest["golden"]["prompts"] == 4
+    assert manifest["golden"]["max_logprob_delta"] < 1e-4
+
+
+def test_the_golden_answers_are_those_of_generate(exported, tiny_model_dir):
+    golden = read_golden(version_dir(exported, read_export(exported)))
+    model, tokenizer = load_causal_lm(tiny_model_dir), load_tokenizer(tiny_model_dir)
+    assert len({prompt["text"] for prompt in golden.prompts}) == len(golden.prompts) >= 12
+    for prompt, answer in zip(golden.prompts, golden.served[""]["trained"], strict=True):
+        expected = reference_answer(model, tokenizer, prompt["messages"], golden.max_new_tokens)
+        assert (prompt["text"], prompt["token_ids"]) == (expected.prompt, expected.prompt_ids)
+        assert answer.token_ids == expected.ids
+        ids = torch.tensor([expected.prompt_ids + expected.ids])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(expected.prompt_ids) - 1 : -1]
+        logprobs = torch.log_softmax(logits, dim=-1)
+        chosen = logprobs.gather(-1, torch.tensor(expected.ids)[:, None])[:, 0]
+        assert torch.allclose(chosen, torch.tensor(answer.logprobs), atol=1e-4)
+        assert [int(position[0][0]) for position in answer.top] == answer.token_ids
 
 
 def test_the_precision_is_the_one_asked_for(tmp_path, tiny_model_dir):

@@ -23,9 +23,9 @@ from posttrain.stage import execute_stage
 from serving.client import RequestFailedError, TritonClient, import_grpc, post_json
 from serving.config import ExportConfig, ServeConfig
 from serving.embedded import EmbeddedServer, find_environment
-from serving.export import read_export, weights_dir
 from serving.parity import compare_all, reference_answer, render
-from serving.stage import select_prompts
+from serving.prompts import select_prompts
+from serving.repository import read_export, weights_dir
 
 ROOT = Path(__file__).parents[2]
 NAME = "desk"
@@ -276,6 +276,8 @@ def test_the_stage_proves_the_export_and_leaves_nothing_running(tmp_path, export
     parity = json.loads((tmp_path / "serve" / "parity.json").read_text())
     assert parity["passed"]
     assert len(parity["comparisons"]) == 12
+    assert parity["golden"]["passed"]
+    assert metrics["golden_passed"]
     samples = [json.loads(line) for line in (tmp_path / "serve" / "samples.jsonl").read_text().splitlines()]
     assert [sample["token_ids"] for sample in samples] == [c["served_ids"] for c in parity["comparisons"]]
     assert "Signal (15) received" in (tmp_path / "serve" / "triton.log").read_text()

@@ -14,8 +14,9 @@ from posttrain.portable import portable_config, portable_tokenizer_config
 from serving.config import ExportConfig, ServeConfig, check_export, check_serve
 from serving.contract import INPUTS, OUTPUTS, render_config
 from serving.embedded import EmbeddedServer, find_environment
-from serving.export import context_length, engine_arguments
 from serving.portable import without_added_tokens
+from serving.targets import Layout
+from serving.weights import context_length
 
 
 @pytest.mark.parametrize("name", ["../escape", "a/b", "", "a b", "-first", "x" * 65, "dotted.name"])
@@ -37,16 +38,31 @@ def test_problems_of_an_export_are_reported_together():
     assert check_export(ExportConfig(model="m"), "x") == []
 
 
+def test_what_a_target_cannot_do_is_a_problem():
+    config = ExportConfig(model="m", target="triton-trtllm", adapters={"a": "x"}, mount_path=None)
+    problems = check_export(config, "x")
+    assert [problem.where for problem in problems] == ["x.mount_path", "x.adapters"]
+    assert "triton-vllm" in problems[1].remedy
+
+
 def test_engine_arguments_name_the_path_inside_the_container():
     config = ExportConfig(model="m", name="desk", mount_path="/srv/models/", engine_args={"max_num_seqs": 8})
-    assert engine_arguments(config, 512) == {
-        "model": "/srv/models/desk/1/weights",
+    assert Layout(config, "2", 512, None).engine_arguments() == {
+        "model": "/srv/models/desk/2/weights",
         "dtype": "float32",
         "max_model_len": 512,
         "gpu_memory_utilization": 0.9,
         "max_num_seqs": 8,
     }
-    assert engine_arguments(ExportConfig(model="m", mount_path=None), 8)["model"] == "weights"
+    relative = Layout(ExportConfig(model="m", mount_path=None), "1", 8, None)
+    assert relative.engine_arguments()["model"] == "weights"
+
+
+def test_engine_arguments_of_several_adapters():
+    config = ExportConfig(model="m", adapters={"a": "x", "b": "y"})
+    arguments = Layout(config, "1", 64, 16).engine_arguments()
+    assert arguments["enable_lora"] == "true"
+    assert (arguments["max_lora_rank"], arguments["max_loras"]) == (16, 2)
 
 
 def test_context_length_is_bounded_by_the_model():

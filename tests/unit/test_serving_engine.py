@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from posttrain.models import load_causal_lm, load_tokenizer
+from serving.backends.vllm.adapters import Adapters
 from serving.backends.vllm.engine import Engine, Limits
 from serving.backends.vllm.sampling import RequestError, SamplingParams
+from tests.conftest import random_adapter
 
 PROMPT = "<|im_start|>user\nWhere is my order?<|im_end|>\n<|im_start|>assistant\n"
 TIMEOUT = 60
@@ -209,3 +211,36 @@ def test_nobody_hangs_when_the_engine_dies(loaded, monkeypatch):
     assert sink.unavailable
     engine.close()
     assert "engine has stopped" in _ask(engine).wait().error
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, tiny_model_dir):
+    """A model with two adapters, and what each of them and the plain model generate: {name: ids}."""
+    root = tmp_path_factory.mktemp("adapters")
+    tokenizer = load_tokenizer(tiny_model_dir)
+    paths = {
+        name: random_adapter(root / name, tiny_model_dir, seed=seed)
+        for seed, name in enumerate(("a", "keys"))
+    }
+    expected = {None: _generate((load_causal_lm(tiny_model_dir), tokenizer), PROMPT, 10)}
+    for name, path in paths.items():
+        expected[name] = _generate((load_causal_lm(path), tokenizer), PROMPT, 10)
+    model = load_causal_lm(tiny_model_dir)
+    return model, tokenizer, Adapters(model, paths), expected
+
+
+def test_requests_of_different_adapters_do_not_mix(adapted):
+    model, tokenizer, adapters, expected = adapted
+    assert len({tuple(ids) for ids in expected.values()}) == 3
+    engine = Engine(model, tokenizer, Limits(max_model_len=128, max_active=9), adapters)
+    names = ["a", None, "keys", "keys", None, "a", "a"]
+    sinks = [_ask(engine, max_tokens=10, ignore_eos=True, lora_name=name) for name in names]
+    assert [sink.wait().ids for sink in sinks] == [expected[name] for name in names]
+    with pytest.raises(RequestError, match="lora_name 'b' is not served; adapters are a, keys"):
+        _ask(engine, lora_name="b")
+    engine.close()
+
+
+def test_an_adapter_is_unknown_where_there_are_none(engine):
+    with pytest.raises(RequestError, match="lora_name 'a' is not served; no adapters are served"):
+        _ask(engine, lora_name="a")

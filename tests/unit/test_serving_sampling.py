@@ -65,7 +65,7 @@ def test_values_are_taken_over():
         ('{"temprature": 1}', "unknown sampling parameters: temprature"),
         ('{"n": 2}', "'n' is not supported"),
         ('{"repetition_penalty": 1.1}', "'repetition_penalty' is not supported"),
-        ('{"lora_name": "x"}', "'lora_name' is not supported"),
+        ('{"lora_name": 3}', "lora_name must be a string"),
     ],
 )
 def test_refusals(text, message):

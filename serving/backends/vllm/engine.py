@@ -1,8 +1,10 @@
 """A small generation engine: one thread, one forward pass per token, requests taking turns.
 
 Every request keeps its own key-value cache and is computed alone, so its tokens do not depend on what else is
-being served; turns of one token keep a short request from waiting behind a long one. Throughput is that of
-one request. What a faster engine must keep is `Engine.submit` and the `Sink` it reports to.
+being served; turns of one token keep a short request from waiting behind a long one. In each round the
+requests of one adapter follow each other, so that a round switches adapters once for each that is in use.
+Throughput is that of one request. What a faster engine must keep is `Engine.submit` and the `Sink` it reports
+to.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import inspect
 import queue
 import threading
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,6 +57,15 @@ class Update:
     num_input_tokens: int
 
 
+class Adapters(Protocol):
+    """Adapters of the served model: those of serving.backends.vllm.adapters, where there are any."""
+
+    names: tuple[str, ...]
+
+    def use(self, name: str | None) -> None:
+        """Compute with this adapter, or with the plain model."""
+
+
 class Sink(Protocol):
     """Where a request's answer goes; called from the engine's thread."""
 
@@ -84,14 +94,16 @@ class _Sequence:
 class Engine:
     """Serves requests from a queue in a thread of its own until `close`."""
 
-    def __init__(self, model: Any, tokenizer: Any, limits: Limits) -> None:
+    def __init__(self, model: Any, tokenizer: Any, limits: Limits, adapters: Adapters | None = None) -> None:
+        """`adapters`: those of `model` that a request may name as `lora_name`."""
         self.model = model.eval()
+        self.adapters = adapters
         self.tokenizer = tokenizer
         self.limits = limits
         self.stop_ids = end_of_turn_ids(model, tokenizer)
         self._last_logits_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._waiting: queue.Queue[_Sequence | None] = queue.Queue()
-        self._active: deque[_Sequence] = deque()
+        self._active: list[_Sequence] = []
         self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
         self._thread.start()
 
@@ -99,9 +111,10 @@ class Engine:
         """Queue one request.
 
         Raises:
-            RequestError: empty or too long a prompt, or a full queue. A stopped engine is reported to the
-            sink.
+            RequestError: empty or too long a prompt, an unknown adapter, or a full queue. A stopped engine is
+            reported to the sink.
         """
+        self._check_adapter(params.lora_name)
         if not prompt:
             raise RequestError("text_input is empty")
         if len(prompt) > self.limits.max_prompt_characters:
@@ -133,15 +146,18 @@ class Engine:
         self._waiting.put(None)
         self._thread.join()
 
+    def _check_adapter(self, name: str | None) -> None:
+        served = self.adapters.names if self.adapters is not None else ()
+        if name is not None and name not in served:
+            known = f"adapters are {', '.join(served)}" if served else "no adapters are served"
+            raise RequestError(f"lora_name '{name[:80]}' is not served; {known}")
+
     def _serve(self) -> None:
         try:
             while self._admit():
-                for _ in range(len(self._active)):
-                    sequence = self._active[0]
+                for sequence in sorted(self._active, key=lambda each: each.params.lora_name or ""):
                     self._take_turn(sequence)
-                    self._active.popleft()
-                    if not sequence.finished:
-                        self._active.append(sequence)
+                self._active = [sequence for sequence in self._active if not sequence.finished]
         finally:
             self._fail_remaining()
 
@@ -175,11 +191,12 @@ class Engine:
     def _next_token(self, sequence: _Sequence) -> Update:
         step_ids = sequence.ids[-1:] or sequence.prompt_ids
         options = {"logits_to_keep": 1} if self._last_logits_only else {}
-        output = self.model(
-            input_ids=torch.tensor([step_ids]), past_key_values=sequence.cache, use_cache=True, **options
-        )
+        if self.adapters is not None:
+            self.adapters.use(sequence.params.lora_name)
+        ids_1T = torch.tensor([step_ids], device=self.model.device)
+        output = self.model(input_ids=ids_1T, past_key_values=sequence.cache, use_cache=True, **options)
         sequence.cache = output.past_key_values
-        logits_V = output.logits[0, -1].float()
+        logits_V = output.logits[0, -1].float().cpu()
         token = draw(logits_V, sequence.params, sequence.generator)
         sequence.ids.append(token)
         logprobs_V = torch.log_softmax(logits_V, dim=-1)
@@ -238,8 +255,8 @@ class Engine:
 
     def _fail_remaining(self) -> None:
         """Nobody waits for an answer that will not come, even if the thread died of something unforeseen."""
-        remaining = list(self._active)
-        self._active.clear()
+        remaining = [sequence for sequence in self._active if not sequence.finished]
+        self._active = []
         while not self._waiting.empty():
             sequence = self._waiting.get()
             if sequence is not None:

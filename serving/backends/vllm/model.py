@@ -1,7 +1,8 @@
 """Triton model of the stand-in: requests in, responses out; the work is the engine's.
 
-Loaded by tritonserver as the python-based backend "vllm". It keeps the tensors, defaults and errors of
-Triton's vLLM backend for text generation; images, embeddings and adapters by name are refused with an error.
+Loaded by tritonserver as the python-based backend "vllm", and by its python backend as the model.py of an
+export with the target triton-python. It keeps the tensors, defaults and errors of Triton's vLLM backend for
+text generation, adapters by name included; images and embeddings are refused with an error.
 
 Where the weights are: vLLM opens `model` of 1/model.json as a path of its container,
 <mount_path>/<name>/<version>/weights. Here the repository is mounted elsewhere, so a path that ends in this
@@ -41,6 +42,8 @@ class TritonPythonModel:
         engine_args = json.loads((version_dir / "model.json").read_text(encoding="utf-8"))
         weights = locate(engine_args["model"], version_dir)
         model = AutoModelForCausalLM.from_pretrained(weights, dtype=getattr(torch, engine_args["dtype"]))
+        adapters = load_adapters(model, engine_args, version_dir)
+        model.to(device_of(args))
         torch.set_num_threads(useful_threads(model))
         parameters = json.loads(args["model_config"])["parameters"]
         self.limits = Limits(
@@ -49,7 +52,7 @@ class TritonPythonModel:
             max_output_tokens=int(parameters["max_output_tokens"]["string_value"]),
             max_queue=int(parameters["max_queue"]["string_value"]),
         )
-        self.engine = Engine(model, AutoTokenizer.from_pretrained(weights), self.limits)
+        self.engine = Engine(model, AutoTokenizer.from_pretrained(weights), self.limits, adapters)
 
     def execute(self, requests: list[Any]) -> None:
         """Queue each request; answers leave through its response sender."""
@@ -66,6 +69,22 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Answer what is being answered, then stop."""
         self.engine.close()
+
+
+def device_of(args: dict[str, str]) -> str:
+    """The GPU of an instance of KIND_GPU; the CPU for all others."""
+    return f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu"
+
+
+def load_adapters(model: Any, engine_args: dict[str, Any], version_dir: Path) -> Any:
+    """The Adapters of multi_lora.json, None unless model.json enables them."""
+    if str(engine_args.get("enable_lora", False)).lower() != "true":
+        return None
+    # peft takes seconds to import, and most models have no adapters.
+    from serving.backends.vllm.adapters import Adapters
+
+    paths = json.loads((version_dir / "multi_lora.json").read_text(encoding="utf-8"))
+    return Adapters(model, {name: locate(path, version_dir) for name, path in paths.items()})
 
 
 def locate(model: str, version_dir: Path) -> Path:

@@ -26,7 +26,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
-    "lora_name": (None,),
 }
 
 
@@ -51,6 +50,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    lora_name: str | None = None
 
     @property
     def greedy(self) -> bool:
@@ -86,6 +86,7 @@ def parse(text: str, max_output_tokens: int) -> SamplingParams:
         stop_token_ids=_token_ids(raw.get("stop_token_ids")),
         ignore_eos=_boolean(raw, "ignore_eos", False),
         logprobs=None if raw.get("logprobs") is None else _integer(raw, "logprobs", 0, 0, MAX_LOGPROBS),
+        lora_name=_name(raw.get("lora_name")),
     )
 
 
@@ -109,6 +110,12 @@ def _boolean(raw: dict[str, Any], key: str, default: bool) -> bool:
     value = raw.get(key, default)
     if not isinstance(value, bool):
         raise RequestError(f"{key} must be true or false, got {_shown(value)}")
+    return value
+
+
+def _name(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise RequestError(f"lora_name must be a string, got {_shown(value)}")
     return value
 
 
