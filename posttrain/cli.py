@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain import __version__
+from posttrain import __version__, cli_gateway
 from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
 
@@ -419,3 +419,6 @@ def report(
         from posttrain.registry import load
 
         print(load(REPORT)(runs, output))
+
+
+cli_gateway.register(app, _reporting)
