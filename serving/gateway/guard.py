@@ -29,6 +29,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PUBLIC = frozenset({"/health", "/health/live", "/health/ready", "/openapi.json"})
 METRICS = "/metrics"
 ADMIN = "/admin/"
+MAX_HEAD_BYTES = 16 * 1024
 DISCARDED_BYTES = 16 * 2**20
 """Of too large a body so much is read and thrown away, so that the client gets to read the answer."""
 
@@ -73,6 +74,7 @@ class Guard:
 
     async def _serve(self, scope: Scope, receive: Receive, sender: Sender, exchange: Exchange) -> None:
         async with asyncio.timeout(self.config.limits.request_seconds):
+            check_head(scope)
             self._authenticate(scope, exchange)
             with self._room(scope):
                 body = await self._body(scope, receive)
@@ -189,6 +191,19 @@ class Sender:
         headers = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in named.items()]
         await self({"type": "http.response.start", "status": error.status, "headers": headers})
         await self({"type": "http.response.body", "body": body})
+
+
+def check_head(scope: Scope) -> None:
+    """Raises ApiError 431 when the request line and headers are larger than any honest client's."""
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    size += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size > MAX_HEAD_BYTES:
+        raise ApiError(
+            431,
+            f"the request line and headers have {size} bytes, at most {MAX_HEAD_BYTES} are accepted",
+            code="headers_too_large",
+            headers={"Connection": "close"},
+        )
 
 
 def presented_key(scope: Scope) -> str:

@@ -27,7 +27,7 @@ class JsonFormatter(logging.Formatter):
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            "event": record.getMessage(),
+            "event": record.getMessage().strip(),
         }
         line |= record.__dict__.get("fields", {})
         if record.exc_info and record.exc_info[1] is not None:

@@ -18,7 +18,7 @@ from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer
 from posttrain.models import load_tokenizer
 from serving.export import MANIFEST, weights_dir
-from serving.gateway.errors import ApiError
+from serving.gateway.errors import ApiError, shown
 
 Messages = Sequence[dict[str, str]]
 
@@ -80,7 +80,9 @@ class Renderer:
             )
         except jinja2.TemplateError as error:
             raise ApiError(
-                400, f"the model's chat template refuses these messages: {error}", param="messages"
+                400,
+                f"the model's chat template refuses these messages: {shown(str(error), 200)}",
+                param="messages",
             ) from error
         return self._count(text, "messages")
 

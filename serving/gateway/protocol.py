@@ -20,7 +20,7 @@ MAX_HEADER_BYTES = 32 * 1024
 
 def raw_response(error: ApiError) -> bytes:
     """A whole HTTP/1.1 response, for a connection that has no request yet."""
-    phrases = {408: "Request Timeout", 503: "Service Unavailable"}
+    phrases = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
     body = json.dumps(error.body()).encode("utf-8")
     headers = {
         "content-type": "application/json",
@@ -89,8 +89,10 @@ def bounded_protocol(limits: LimitsConfig, metrics: Metrics) -> type[asyncio.Pro
                 self.transport.close()
 
         def send_400_response(self, msg: str) -> None:
-            """Malformed HTTP: uvicorn's answer, and no timer left."""
+            """Malformed HTTP. Behind an answer that is under way nothing can be said."""
             self._stop_timer()
-            super().send_400_response(msg)
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.write(raw_response(ApiError(400, "malformed HTTP request", code="malformed")))
+            self.transport.close()
 
     return BoundedProtocol

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 16
@@ -46,8 +46,19 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 }
 """Values besides null, [] and {} with which an unsupported field asks for nothing."""
 
+
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no text holds and no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is not text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 def _refused(param: str, message: str) -> PydanticCustomError:
@@ -65,14 +76,14 @@ class TextPart(ApiModel):
     """A part of a message. Only text is understood."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(ApiModel):
     """One turn. Parts are joined with a line break; `developer` is rendered as `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
 
     def rendered(self) -> dict[str, str]:
         """What the chat template gets."""
@@ -91,7 +102,7 @@ class StreamOptions(ApiModel):
 class Sampling(ApiModel):
     """What both endpoints take."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: Text = Field(min_length=1, max_length=256)
     temperature: Number | None = Field(None, ge=0, le=2, description="0: greedy. Default: 1.")
     top_p: Number | None = Field(None, gt=0, le=1, description="Default: 1.")
     top_k: int | None = Field(
@@ -105,7 +116,7 @@ class Sampling(ApiModel):
     n: int | None = Field(None, ge=1, le=1, description="Only 1: ask several times for several answers.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, max_length=512, description="Keeps its version where a model is sticky.")
+    user: Text | None = Field(None, max_length=512, description="Keeps its version where a model is sticky.")
 
     @model_validator(mode="before")
     @classmethod
@@ -217,7 +228,7 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     """POST /v1/completions. The prompt is sent as it is, special tokens included."""
 
-    prompt: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Annotated[Text, Field(min_length=1)] | Annotated[list[Text], Field(min_length=1, max_length=1)]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = Field(None, description="Only false.")
     best_of: int | None = Field(None, ge=1, le=1)

@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ending_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """The tiny model with EOS where its greedy answers come upon it: two rows of the output matrix swapped."""
+    """The tiny model with EOS where its greedy answers come upon it: two rows of its head swapped."""
     import torch
 
     from posttrain.models import load_causal_lm, load_tokenizer
@@ -125,7 +125,7 @@ class Gateway:
     file: Path
     port: int = 0
     lines: list[str] = field(default_factory=list)
-    events: queue.Queue[dict[str, Any]] = field(default_factory=queue.Queue)
+    events: queue.Queue[dict[str, Any] | None] = field(default_factory=queue.Queue)
 
     @property
     def url(self) -> str:
@@ -138,14 +138,13 @@ class Gateway:
             self.lines.append(line)
             if line.startswith("{"):
                 self.events.put(json.loads(line))
+        self.events.put(None)
 
     def wait_for(self, event: str) -> dict[str, Any]:
         """The next log line of this kind."""
         while True:
-            try:
-                found = self.events.get(timeout=START_SECONDS)
-            except queue.Empty:
-                raise AssertionError(f"no '{event}' in\n{''.join(self.lines)}") from None
+            found = self.events.get(timeout=START_SECONDS)
+            assert found is not None, f"it ended without '{event}':\n{''.join(self.lines)}"
             if found["event"] == event:
                 return found
 
@@ -188,7 +187,7 @@ def settings(exports: dict[str, Path], triton: EmbeddedServer) -> dict[str, Any]
 
 @pytest.fixture(scope="session")
 def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """alice: no limits; bob: 3 requests a minute; carol: 100 tokens a minute; dora: one model, one at a time."""
+    """alice: no limits; bob: 3 requests, carol: 100 tokens a minute; dora: one model, one at a time."""
     more: dict[str, dict[str, Any]] = {
         "bob": {"requests_per_minute": 3},
         "carol": {"tokens_per_minute": 100},
