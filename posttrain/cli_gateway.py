@@ -1,7 +1,8 @@
-"""The commands of the gateway: `posttrain gateway` and `posttrain gateway-key`."""
+"""The commands around the gateway: `posttrain gateway`, `posttrain gateway-key` and `posttrain chat`."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from posttrain.errors import UserError
 
 SERVE = "serving.gateway.server:run"
 NEW_KEY = "serving.gateway.keys:describe_new_key"
+CHAT = "serving.chat:run"
 
 
 def register(app: typer.Typer, reporting: Callable[[], AbstractContextManager[None]]) -> None:
@@ -68,3 +70,26 @@ def register(app: typer.Typer, reporting: Callable[[], AbstractContextManager[No
             key, line = load(NEW_KEY)(name)
             print(line, file=sys.stderr)
             print(key)
+
+    @app.command(
+        epilog="Example: posttrain chat --url http://localhost:8080/v1 --model desk --temperature 0\n\n"
+        "The API key comes from POSTTRAIN_API_KEY, else OPENAI_API_KEY."
+    )
+    def chat(
+        url: Annotated[str, typer.Option(help="Base URL of the API, with /v1.")] = "http://localhost:8080/v1",
+        model: Annotated[
+            str | None, typer.Option(help="Model to ask. Default: the first one served.")
+        ] = None,
+        system: Annotated[str | None, typer.Option(help="System message.")] = None,
+        temperature: Annotated[float | None, typer.Option(help="0: greedy. Default: the server's.")] = None,
+        top_p: Annotated[float | None, typer.Option(help="Nucleus sampling. Default: the server's.")] = None,
+        max_tokens: Annotated[int | None, typer.Option(help="Longest answer. Default: the server's.")] = None,
+        seed: Annotated[int | None, typer.Option(help="Makes answers repeatable.")] = None,
+    ) -> None:
+        """Talk to a served model in the terminal; answers appear as they are written."""
+        with reporting():
+            from posttrain.registry import load
+
+            given = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+            settings = {name: value for name, value in given.items() if value is not None}
+            load(CHAT)(url, model, system, settings, os.environ)

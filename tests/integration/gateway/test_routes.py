@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,19 @@ def routed(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def running(start_gateway: Callable[[dict[str, Any]], Any], routed: dict[str, Any]) -> Any:
+    """One gateway for most of these tests."""
+    return start_gateway(routed)
+
+
 @pytest.fixture
-def own(start_gateway: Callable[[dict[str, Any]], Any], routed: dict[str, Any]) -> Any:
-    """A gateway whose routes a test may change."""
-    gateway = start_gateway(routed)
-    yield gateway
-    gateway.process.kill()
-    gateway.process.wait()
+def own(running: Any) -> Any:
+    """A gateway whose file and routes a test may change: both are put back."""
+    content = running.file.read_text()
+    yield running
+    running.file.write_text(content)
+    admin(running, "POST", "/admin/reload")
 
 
 def admin(gateway: Any, method: str, path: str, body: Any = None) -> Any:
@@ -89,13 +96,20 @@ def weigh(stable: float, canary: float) -> Callable[[dict[str, Any]], None]:
 
 
 def hang_up(gateway: Any, event: str) -> dict[str, Any]:
+    """Have the file read again: the line that the gateway logs about it."""
+    before = datetime.now(UTC).isoformat(timespec="milliseconds")
     gateway.process.send_signal(signal.SIGHUP)
-    return gateway.wait_for(event)
+    while (line := gateway.wait_for(event))["time"] < before:
+        pass
+    return line
 
 
 def test_a_canary_is_swapped_and_rolled_back_under_load_without_a_failure(own):
     """400 requests from eight clients while weights, file and rollback change what answers them."""
+    counted = own.metric("posttrain_gateway_requests_total", model="canaried")
+    fine = own.metric("posttrain_gateway_requests_total", model="canaried", status="200")
     served: list[str] = []
+    progress = threading.Condition()
     numbers = itertools.count()
     client = own.client()
 
@@ -104,17 +118,14 @@ def test_a_canary_is_swapped_and_rolled_back_under_load_without_a_failure(own):
             answer = client.chat.completions.create(
                 model="canaried", messages=ASKED, max_tokens=2, temperature=0, stream=len(served) % 2 == 0
             )
-            served.append(
-                answer.system_fingerprint
-                if not isinstance(answer, openai.Stream)
-                else {chunk.system_fingerprint for chunk in answer}.pop()
-            )
+            chunks = list(answer) if isinstance(answer, openai.Stream) else [answer]
+            with progress:
+                served.extend({chunk.system_fingerprint for chunk in chunks})
+                progress.notify_all()
 
     def after(count: int) -> None:
-        while len(served) < count:
-            if all(worker.done() for worker in workers):
-                [worker.result() for worker in workers]
-            threading.Event().wait(0.01)
+        with progress:
+            assert progress.wait_for(lambda: len(served) >= count, timeout=120)
 
     with ThreadPoolExecutor(8) as pool:
         workers = [pool.submit(work) for _ in range(8)]
@@ -133,8 +144,9 @@ def test_a_canary_is_swapped_and_rolled_back_under_load_without_a_failure(own):
     assert version_of(own, "canaried") == "stable"
     assert version_of(own, "canaried@canary") == "canary"
     answered = own.metric("posttrain_gateway_requests_total", model="canaried")
-    assert answered == LOAD_REQUESTS + 2
-    assert answered == own.metric("posttrain_gateway_requests_total", model="canaried", status="200")
+    assert answered == counted + LOAD_REQUESTS + 2
+    answered_well = own.metric("posttrain_gateway_requests_total", model="canaried", status="200")
+    assert answered_well == fine + LOAD_REQUESTS + 2
     assert own.metric("posttrain_gateway_route_share", model="canaried", version="canary") == 0
 
 
@@ -161,8 +173,8 @@ def test_copies_go_to_the_shadow_and_never_into_an_answer(own):
         }
         return {outcome: count for outcome, count in found.items() if count}
 
-    while sum(outcomes("mirrored").values()) < 3 or sum(outcomes("shadowed").values()) < 3:
-        threading.Event().wait(0.05)
+    for _ in range(6):
+        own.wait_for("shadow")
     assert outcomes("mirrored") == {"same": 3}
     assert outcomes("shadowed") == {"different": 3}
 
@@ -211,11 +223,12 @@ def test_what_an_administrator_gets_wrong(own):
             admin(own, "POST", "/admin/weights", body)
     with pytest.raises(openai.NotFoundError):
         admin(own, "POST", "/admin/weights", {"model": "nope", "weights": {"stable": 1}})
+
+
+def test_sigterm_lets_the_answers_end_and_takes_no_new_ones(start_gateway, routed):
+    own = start_gateway(routed)
     with pytest.raises(openai.ConflictError, match="nothing to roll back to"):
         admin(own, "POST", "/admin/rollback")
-
-
-def test_sigterm_lets_the_answers_end_and_takes_no_new_ones(own):
     stream = own.client().chat.completions.create(
         model="canaried@canary", messages=ASKED, temperature=0, max_tokens=200, stream=True
     )
