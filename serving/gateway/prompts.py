@@ -48,10 +48,9 @@ class Renderer:
         self.name = name
         self.limits = limits
         self.threads = threads
-        added = tokenizer.added_tokens_decoder.values()
-        self.special = sorted(
-            {token.content for token in added if token.special} | {*tokenizer.all_special_tokens}
-        )
+        added = tokenizer.added_tokens_decoder.items()
+        special = {i for i, token in added if token.special} | set(tokenizer.all_special_ids)
+        self.special_ids = special - {tokenizer.unk_token_id}
 
     async def chat(self, messages: Messages, special_tokens: str) -> Prompt:
         """A conversation, ready for the answer to it.
@@ -59,9 +58,7 @@ class Renderer:
         Raises ApiError 400: too long, a special token inside a message, or refused by the template.
         """
         self._check_length(sum(len(message["content"]) for message in messages), "messages")
-        if special_tokens == "refuse":
-            self._check_special(messages)
-        return await self._in_thread(self._render_and_count, messages)
+        return await self._in_thread(self._render_and_count, messages, special_tokens == "refuse")
 
     async def text(self, prompt: str) -> Prompt:
         """A prompt that is sent as it is. Raises ApiError 400 when it is empty or too long."""
@@ -71,9 +68,11 @@ class Renderer:
     async def _in_thread(self, work: Any, *arguments: Any) -> Prompt:
         return await asyncio.get_running_loop().run_in_executor(self.threads, work, *arguments)
 
-    def _render_and_count(self, messages: Messages) -> Prompt:
+    def _render_and_count(self, messages: Messages, refuse_special: bool) -> Prompt:
         import jinja2
 
+        if refuse_special:
+            self._check_special(messages)
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
@@ -112,16 +111,18 @@ class Renderer:
             )
 
     def _check_special(self, messages: Messages) -> None:
+        """By token id, so that a spelling which the tokenizer normalises into a special token counts too."""
         for index, message in enumerate(messages):
-            for token in self.special:
-                if token in message["content"]:
-                    raise ApiError(
-                        400,
-                        f"messages[{index}].content holds the special token {token}, which would be read as "
-                        "the end or the beginning of a turn",
-                        param=f"messages[{index}].content",
-                        code="special_token_in_message",
-                    )
+            ids = self.tokenizer(message["content"], add_special_tokens=False)["input_ids"]
+            if found := self.special_ids.intersection(ids):
+                token = self.tokenizer.convert_ids_to_tokens(min(found))
+                raise ApiError(
+                    400,
+                    f"messages[{index}].content holds the special token {token}, which would be read as "
+                    "the end or the beginning of a turn",
+                    param=f"messages[{index}].content",
+                    code="special_token_in_message",
+                )
 
     def answer_tokens(self, prompt: Prompt, wanted: int | None, default: int | None, param: str) -> int:
         """max_tokens of a request: `wanted`, else `default`, else all that fits.

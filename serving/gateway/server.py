@@ -107,10 +107,11 @@ class Server(uvicorn.Server):
             self.force_exit = self.should_exit = True
             return
         self.gateway.control.draining = True
-        wait = self.gateway.config.limits.unready_seconds
-        log("draining", signal=signal.Signals(sig).name, in_flight=self.gateway.guard.in_flight)
-        loop = self.loop
-        loop.call_soon_threadsafe(loop.call_later, wait, self._leave)
+        self.loop.call_soon_threadsafe(self._drain, signal.Signals(sig).name)
+
+    def _drain(self, name: str) -> None:
+        log("draining", signal=name, in_flight=self.gateway.guard.in_flight)
+        self.loop.call_later(self.gateway.config.limits.unready_seconds, self._leave)
 
     def _leave(self) -> None:
         self.should_exit = True
