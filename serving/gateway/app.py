@@ -218,7 +218,8 @@ async def answer(service: Service, request: Request, body: AnyRequest) -> Any:
         if body.stream:
             handed_over = True
             return _stream(service, job, first, pieces)
-        rest = [] if first.finish_reason else await unless_gone(request, _collect(pieces))
+        # To the stream's end, also behind the last token: then Triton has nothing to cancel.
+        rest = await unless_gone(request, _collect(pieces))
         content = job.writer.whole([first, *rest])
         return JSONResponse(content, headers=rates.headers(job.key, job.state))
     finally:

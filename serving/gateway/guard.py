@@ -29,6 +29,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 PUBLIC = frozenset({"/health", "/health/live", "/health/ready", "/openapi.json"})
 METRICS = "/metrics"
 ADMIN = "/admin/"
+ANSWER_SHARE = 0.95
+"""Of request_seconds an answer may take so much; the rest is for telling the client that it took too long."""
 MAX_HEAD_BYTES = 16 * 1024
 DISCARDED_BYTES = 16 * 2**20
 """Of too large a body so much is read and thrown away, so that the client gets to read the answer."""
@@ -55,7 +57,7 @@ class Guard:
             return
         headers = dict(reversed(scope["headers"]))
         exchange = Exchange.of(scope["method"], scope["path"], headers)
-        exchange.deadline = exchange.started + self.config.limits.request_seconds
+        exchange.deadline = exchange.started + ANSWER_SHARE * self.config.limits.request_seconds
         scope.setdefault("state", {})["exchange"] = exchange
         sender = Sender(send, exchange)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,16 @@ from typer.testing import CliRunner
 from posttrain.cli import app
 from posttrain.errors import ConfigError, UserError
 from serving.gateway.answers import DONE, LOWEST_LOGPROB, Tally, Writer
-from serving.gateway.config import GatewayConfig, LimitsConfig, ModelConfig, is_loopback, load_config
+from serving.gateway.config import (
+    GatewayConfig,
+    LimitsConfig,
+    ModelConfig,
+    VersionConfig,
+    is_loopback,
+    load_config,
+)
 from serving.gateway.errors import ApiError, shown
+from serving.gateway.exchange import Exchange
 from serving.gateway.keys import (
     ADMIN_VARIABLE,
     KEYS_VARIABLE,
@@ -25,9 +34,13 @@ from serving.gateway.keys import (
     load_keys,
 )
 from serving.gateway.limits import Bucket, Limiter, headers
+from serving.gateway.metrics import Metrics
+from serving.gateway.prompts import ExportLimits, Prompt, Renderer
 from serving.gateway.routes import Model, Router, Table, Version, sticky_point
 from serving.gateway.schemas import ChatRequest, CompletionRequest
-from serving.gateway.upstream import Candidate, Piece
+from serving.gateway.service import Service
+from serving.gateway.service import events as events_of
+from serving.gateway.upstream import Candidate, Piece, Target
 
 EXPORT = {"export": "runs/export", "triton": "127.0.0.1:8001"}
 
@@ -337,6 +350,51 @@ def test_a_line_break_in_an_answer_stays_inside_its_event():
     text = Writer(False, "m", "v", None, Tally(3)).piece(piece("a\n\ndata: [DONE]\n\nb")) or ""
     assert text.count("\n\n") == 1
     assert events(text)[0]["choices"][0]["text"] == "a\n\ndata: [DONE]\n\nb"
+
+
+class Talking:
+    """An upstream that gives one token after the other and never ends by itself."""
+
+    async def stream(self, *_: Any) -> Any:
+        while True:
+            yield piece("a")
+
+
+class Copied:
+    """A renderer for which every prompt has three tokens."""
+
+    limits = ExportLimits(100, 50, 100)
+    answer_tokens = Renderer.answer_tokens
+
+    async def text(self, text: str) -> Prompt:
+        return Prompt(text, 3)
+
+
+async def overdue_stream(service: Service, exchange: Exchange) -> tuple[list[str], int]:
+    """The events of a stream that is past its deadline, and the requests that are then still running."""
+    request = CompletionRequest.model_validate({"model": "support", "prompt": "x", "stream": True})
+    job, pieces = await service.start(request, exchange)
+    first = await anext(pieces)
+    written = [text async for text in events_of(job.writer, first, pieces)]
+    service.finish(job)
+    service.finish(job)
+    return written, job.state.running
+
+
+def test_an_answer_that_takes_too_long_ends_with_an_event_that_says_so():
+    router = Router(LimitsConfig(), ThreadPoolExecutor(1))
+    version: Any = Version("a", VersionConfig(**EXPORT), Copied(), Talking(), Target("m"))  # type: ignore[arg-type]
+    plain = model({"a": 1})
+    router.table = Table({"support": Model("support", plain.config, {"a": version}, {"a": 1})})
+    exchange = Exchange("/v1/completions", "POST", "r1", deadline=0.0, key=key(tokens_per_minute=100))
+    service = Service(router, Metrics(), 8)
+    written, running = asyncio.run(overdue_stream(service, exchange))
+    assert events(written[-1])[0]["error"]["code"] == "timeout"
+    assert DONE not in "".join(written)
+    assert running == 0
+    left = service.limiter.state(key(tokens_per_minute=100)).tokens
+    assert left is not None
+    assert left.level == pytest.approx(100 - 3 - 1, abs=0.5), "the prompt and the one token that came"
 
 
 def test_a_clients_text_is_shown_short_and_printable():

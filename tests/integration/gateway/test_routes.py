@@ -161,8 +161,8 @@ def test_a_user_keeps_a_version_and_users_are_spread_over_both(own):
 
 def test_copies_go_to_the_shadow_and_never_into_an_answer(own):
     """Counted: the same text from the same model, another one from another model."""
-    for _ in range(3):
-        assert version_of(own, "mirrored", max_tokens=24) == "stable"
+    for max_tokens in (1, 2, 24):
+        assert version_of(own, "mirrored", max_tokens=max_tokens) == "stable"
         assert version_of(own, "shadowed", max_tokens=24) == "stable"
 
     def outcomes(model: str) -> dict[str, float]:
