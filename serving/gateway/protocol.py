@@ -16,6 +16,9 @@ from serving.gateway.errors import ApiError, unavailable
 from serving.gateway.metrics import Metrics
 
 MAX_HEADER_BYTES = 32 * 1024
+LINGER_SECONDS = 1.0
+MAX_LINGERING = 128
+"""Refused connections that are still read from; it keeps a flood from using up the process's files."""
 
 
 def raw_response(error: ApiError) -> bytes:
@@ -35,6 +38,8 @@ def raw_response(error: ApiError) -> bytes:
 def bounded_protocol(limits: LimitsConfig, metrics: Metrics) -> type[asyncio.Protocol]:
     """The protocol class for uvicorn's `http` setting."""
 
+    lingering: set[asyncio.Protocol] = set()
+
     class BoundedProtocol(H11Protocol):
         """One connection."""
 
@@ -44,10 +49,8 @@ def bounded_protocol(limits: LimitsConfig, metrics: Metrics) -> type[asyncio.Pro
         def connection_made(self, transport: Any) -> None:
             """Refuse it when there are too many, else wait for its first headers."""
             if len(self.connections) >= limits.max_connections:
-                self.refused = True
                 metrics.refused_connections.inc()
-                transport.write(raw_response(unavailable("too many connections; try again", "overloaded")))
-                transport.close()
+                self._refuse(transport)
                 return
             super().connection_made(transport)
             metrics.connections.set(len(self.connections))
@@ -71,10 +74,22 @@ def bounded_protocol(limits: LimitsConfig, metrics: Metrics) -> type[asyncio.Pro
         def connection_lost(self, exc: Exception | None) -> None:
             """The connection is gone."""
             if self.refused:
+                lingering.discard(self)
                 return
             self._stop_timer()
             super().connection_lost(exc)
             metrics.connections.set(len(self.connections))
+
+        def _refuse(self, transport: Any) -> None:
+            """Say so, and read on for a moment: closing with data unread would take the answer back."""
+            self.refused = True
+            transport.write(raw_response(unavailable("too many connections; try again", "overloaded")))
+            if len(lingering) >= MAX_LINGERING:
+                transport.close()
+                return
+            transport.write_eof()
+            lingering.add(self)
+            asyncio.get_running_loop().call_later(LINGER_SECONDS, transport.abort)
 
         def _stop_timer(self) -> None:
             if self.header_timer is not None:

@@ -447,6 +447,18 @@ def test_too_many_requests_at_once_are_refused_politely(gateway):
             connection.close()
 
 
+def test_a_request_on_a_connection_too_many_gets_its_refusal(gateway):
+    held = [socket.create_connection(("127.0.0.1", gateway.port), timeout=60) for _ in range(40)]
+    try:
+        status, headers, answer = post(gateway, GOOD)
+    finally:
+        for connection in held:
+            connection.close()
+    assert status == 503
+    assert headers["retry-after"] == "1"
+    assert explains(answer)["code"] == "overloaded"
+
+
 def test_too_many_connections_are_refused_politely(gateway):
     """Of 300 connections that say nothing, 40 are held until their time is up, the others refused."""
     connections = [socket.create_connection(("127.0.0.1", gateway.port), timeout=60) for _ in range(300)]
