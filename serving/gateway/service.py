@@ -181,8 +181,13 @@ class Service:
             greedy = job.request.temperature == 0
             outcome = ("same" if answer == text else "different") if greedy else "answered"
         self.metrics.shadows.labels(job.model.name, shadow.name, outcome).inc()
-        fields = {"model": job.model.name, "version": shadow.name, "outcome": outcome}
-        log("shadow", request_id=job.exchange.request_id, **fields)
+        log(
+            "shadow",
+            request_id=job.exchange.request_id,
+            model=job.model.name,
+            version=shadow.name,
+            outcome=outcome,
+        )
 
     async def close(self) -> None:
         """Drop the copies that are still on their way."""

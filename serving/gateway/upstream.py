@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from serving.client import grpc_inputs, import_grpc
 from serving.gateway.config import LimitsConfig
-from serving.gateway.errors import ApiError, unavailable
+from serving.gateway.errors import ApiError, shown, unavailable
 
 CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),
@@ -21,6 +22,15 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 READY_SECONDS = 2.0
+TRY_AGAIN = "the model is not available now; try again"
+NOT_THERE = re.compile(
+    r"unknown model|not ready|not healthy|queue is full|maximum queue size|engine has stopped|unavailable",
+    re.I,
+)
+REFUSED = re.compile(
+    r"sampling.param|parameter|not supported|lora|adapter|max_tokens|the prompt has|must be", re.I
+)
+"""How Triton, vLLM's backend and the embedded one word what they cannot do now, and what they never do."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +129,12 @@ class Upstream:
         async def requests() -> AsyncIterator[dict[str, Any]]:
             yield request
 
-        # The header makes Triton end the stream with a status code instead of a message without one.
-        call = self._client.stream_infer(requests(), headers={"triton_grpc_error": "true", **headers})
+        # Not with the header `triton_grpc_error`, which would give errors a status code: Triton 2.51 dies of
+        # it after some hundreds of refused requests.
+        call = self._client.stream_infer(requests(), headers=headers)
         wait, finish_reason = self.limits.first_token_seconds, None
         try:
-            while (response := await self._next(call, target, wait)) is not None:
+            while (response := await self._next(call, wait)) is not None:
                 wait = self.limits.next_token_seconds
                 if response.get_response().outputs:
                     piece = read_piece(response)
@@ -134,7 +145,7 @@ class Upstream:
         finally:
             call.cancel()
 
-    async def _next(self, call: Any, target: Target, wait: float) -> Any:
+    async def _next(self, call: Any, wait: float) -> Any:
         from grpc.aio import AioRpcError
 
         try:
@@ -148,7 +159,7 @@ class Upstream:
         except AioRpcError as failure:
             raise _from_status(failure.code().name, failure.details() or "") from failure
         if error is not None:
-            raise _from_message(str(error.message()), target)
+            raise from_message(str(error.message()))
         return result
 
 
@@ -169,24 +180,26 @@ def read_piece(result: Any) -> Piece:
 
 
 def _from_status(code: str, detail: str) -> UpstreamError:
-    if code == "INVALID_ARGUMENT":
-        return UpstreamError(code, detail, ApiError(400, f"the model server refused the request: {detail}"))
+    """The connection's own errors. Those of requests come as messages, see `from_message`."""
     if code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
-        return UpstreamError(
-            code, detail, unavailable("the model is not available now; try again", "model_unavailable")
-        )
+        return UpstreamError(code, detail, unavailable(TRY_AGAIN, "model_unavailable"))
     if code == "DEADLINE_EXCEEDED":
         return UpstreamError(code, detail, ApiError(504, "the model did not answer in time", code="timeout"))
     return _failed(code, detail)
 
 
-def _from_message(message: str, target: Target) -> UpstreamError:
-    """An error that Triton itself sends without a status: the model is not there, or not in this version."""
-    if "unknown model" in message and target.model in message:
-        answer = unavailable(
-            "the model is not loaded now; try again later", "model_unavailable", retry_after=5
+def from_message(message: str) -> UpstreamError:
+    """An error of a request, which Triton sends in a stream as text without a status.
+
+    What is about a parameter is the client's to read. Everything else stays in the log.
+    """
+    if NOT_THERE.search(message):
+        return UpstreamError(
+            "UNAVAILABLE", message, unavailable(TRY_AGAIN, "model_unavailable", retry_after=2)
         )
-        return UpstreamError("NOT_FOUND", message, answer)
+    if REFUSED.search(message):
+        answer = ApiError(400, f"the model server refused the request: {shown(message, 300)}")
+        return UpstreamError("INVALID_ARGUMENT", message, answer)
     return _failed("UNKNOWN", message)
 
 

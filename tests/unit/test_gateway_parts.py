@@ -40,7 +40,7 @@ from serving.gateway.routes import Model, Router, Table, Version, sticky_point
 from serving.gateway.schemas import ChatRequest, CompletionRequest
 from serving.gateway.service import Service
 from serving.gateway.service import events as events_of
-from serving.gateway.upstream import Candidate, Piece, Target
+from serving.gateway.upstream import Candidate, Piece, Target, from_message
 
 EXPORT = {"export": "runs/export", "triton": "127.0.0.1:8001"}
 
@@ -350,6 +350,24 @@ def test_a_line_break_in_an_answer_stays_inside_its_event():
     text = Writer(False, "m", "v", None, Tally(3)).piece(piece("a\n\ndata: [DONE]\n\nb")) or ""
     assert text.count("\n\n") == 1
     assert events(text)[0]["choices"][0]["text"] == "a\n\ndata: [DONE]\n\nb"
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ("Request for unknown model: 'desk' is not found", 503),
+        ("Request for unknown model: 'desk' version 7 is not found", 503),
+        ("the queue is full (256 requests)", 503),
+        ("Stub process 'desk_0' is not healthy.", 503),
+        ("sampling parameter 'presence_penalty' is not supported by the embedded server", 400),
+        ("lora_name 'x' is not served; adapters: a, b", 400),
+        ("generation failed: CUDA error at /secret/path", 502),
+    ],
+)
+def test_tritons_messages_become_statuses_and_only_refusals_are_shown(message, status):
+    answer = from_message(message).answer
+    assert answer.status == status
+    assert (message in answer.message) is (status == 400)
 
 
 class Talking:

@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import hypothesis
 import pytest
 import schemathesis
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
 pytestmark = pytest.mark.slow
-EXAMPLES = 60
+EXAMPLES = 40
 KEY = {"Authorization": "Bearer pt-alice"}
-
-
-@pytest.fixture(scope="module")
-def api_schema(start_gateway: Callable[[dict[str, Any]], Any], settings: dict[str, Any]) -> Any:
-    """The schema as the gateway gives it out. Both models can be asked, so that health is no 503."""
-    models = {name: settings["models"][name] for name in ("support", "long")}
-    gateway = start_gateway(settings | {"models": models})
-    return schemathesis.openapi.from_url(f"http://127.0.0.1:{gateway.port}/openapi.json")
-
-
-schema = schemathesis.pytest.from_fixture("api_schema")
-
-
-@schema.parametrize()
-@hypothesis.settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(hypothesis.HealthCheck), derandomize=True
+CHECKED = hypothesis.settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
-def test_no_request_makes_the_gateway_fail(case: Any) -> None:
-    """Valid and invalid requests made from the schema; those with a model ask one that is there, briefly."""
-    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-        case.body = {"max_tokens": 2} | case.body | {"model": "support"}
-    case.call_and_validate(headers=KEY, checks=[not_a_server_error])
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
+def test_no_request_makes_the_gateway_fail(
+    start_gateway: Callable[[dict[str, Any]], Any], settings: dict[str, Any], mode: GenerationMode
+) -> None:
+    """Requests made from the schema, of every operation; those with a model ask one that is there."""
+    # Both models can be asked, so that /health is no 503.
+    gateway = start_gateway(
+        settings | {"models": {name: settings["models"][name] for name in ("support", "long")}}
+    )
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{gateway.port}/openapi.json")
+    statuses: dict[str, set[int]] = {}
+    for found in schema.get_all_operations():
+        operation = found.ok()
+
+        @CHECKED
+        @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+        def check(case: Any) -> None:
+            if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+                case.body = {"max_tokens": 2} | case.body | {"model": "support"}
+            response = case.call_and_validate(headers=KEY, checks=[not_a_server_error])
+            statuses.setdefault(case.operation.label, set()).add(response.status_code)
+
+        # An operation without any input has nothing to get wrong.
+        with contextlib.suppress(hypothesis.errors.Unsatisfiable):
+            check()
+    assert {"POST /v1/chat/completions", "POST /v1/completions"} <= statuses.keys()
+    if mode is GenerationMode.POSITIVE:
+        assert 200 in statuses["POST /v1/chat/completions"]
+        assert 200 in statuses["POST /v1/completions"]
+        assert len(statuses) == 8
