@@ -106,7 +106,7 @@ def bounded_protocol(limits: LimitsConfig, metrics: Metrics) -> type[asyncio.Pro
         def send_400_response(self, msg: str) -> None:
             """Malformed HTTP. Behind an answer that is under way nothing can be said."""
             self._stop_timer()
-            if self.cycle is None or self.cycle.response_complete:
+            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
                 self.transport.write(raw_response(ApiError(400, "malformed HTTP request", code="malformed")))
             self.transport.close()
 

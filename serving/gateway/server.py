@@ -97,9 +97,15 @@ class Gateway:
 class Server(uvicorn.Server):
     """uvicorn's server, which drains on a signal and then ends with exit code 0."""
 
-    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+    def __init__(self, config: uvicorn.Config, gateway: Gateway, url: str) -> None:
         super().__init__(config)
         self.gateway = gateway
+        self.url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say that it listens only when it does, and when signals are caught."""
+        await super().startup(sockets)
+        log("listening", url=self.url, routes=describe(self.gateway.router.table))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop accepting, at once or after `unready_seconds`; a second signal ends without waiting."""
@@ -151,7 +157,6 @@ async def _serve(config: GatewayConfig, path: Path | None, overrides: Sequence[s
     gateway = Gateway(config, path, overrides)
     await gateway.start()
     listener = listen(config.host, config.port)
-    port = listener.getsockname()[1]
     settings = uvicorn.Config(
         gateway.guard,
         http=bounded_protocol(config.limits, gateway.metrics),
@@ -165,8 +170,7 @@ async def _serve(config: GatewayConfig, path: Path | None, overrides: Sequence[s
         timeout_graceful_shutdown=max(int(config.limits.drain_seconds), 1),
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
-    log("listening", url=f"http://{config.host}:{port}", routes=describe(gateway.router.table))
-    await Server(settings, gateway).serve([listener])
+    await Server(settings, gateway, f"http://{config.host}:{listener.getsockname()[1]}").serve([listener])
     gateway.threads.shutdown(wait=False, cancel_futures=True)
     log("stopped")
 
