@@ -105,7 +105,7 @@ class TritonClient:
             RequestFailedError: the server's error, or no response in time.
         """
         grpc = import_grpc()
-        inputs = _grpc_inputs(grpc, prompt, sampling)
+        inputs = grpc_inputs(grpc, prompt, sampling)
         responses: queue.Queue[tuple[Any, Any]] = queue.Queue()
         options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 2**31 - 1)]
         client = grpc.InferenceServerClient(self.grpc_url, channel_args=options)
@@ -212,7 +212,8 @@ def post_json(url: str, body: Any, timeout_s: float) -> tuple[int, str]:
         return error.code, error.read().decode("utf-8", errors="replace")
 
 
-def _grpc_inputs(grpc: Any, prompt: str, sampling: dict[str, Any]) -> list[Any]:
+def grpc_inputs(grpc: Any, prompt: str, sampling: dict[str, Any]) -> list[Any]:
+    """The tensors of one streamed request with every output asked for. grpc: tritonclient.grpc."""
     import numpy as np
 
     texts = {"text_input": prompt, "sampling_parameters": json.dumps(sampling)}

@@ -44,7 +44,15 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "pyarrow", "omegaco
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["--help"], ["run", "--help"], ["sft", "--help"], ["conformance", "--help"], ["--version"]],
+    [
+        [],
+        ["--help"],
+        ["run", "--help"],
+        ["sft", "--help"],
+        ["conformance", "--help"],
+        ["gateway", "--help"],
+        ["--version"],
+    ],
 )
 def test_importing_and_help_stay_light(arguments: list[str], tmp_path: Path) -> None:
     code = (

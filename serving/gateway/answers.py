@@ -1,0 +1,168 @@
+"""Triton's pieces as OpenAI's answers: whole, or chunk by chunk."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serving.gateway.upstream import Candidate, Piece
+
+LOWEST_LOGPROB = -9999.0
+"""What stands for minus infinity, which JSON has no word for."""
+DONE = "data: [DONE]\n\n"
+
+
+@dataclass
+class Tally:
+    """What has come of one answer so far."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    finish_reason: str | None = None
+
+    def count(self, piece: Piece) -> None:
+        """Add one piece. The prompt's length is the server's count once there is one."""
+        self.prompt_tokens = piece.input_tokens
+        self.completion_tokens += piece.output_tokens
+        self.finish_reason = piece.finish_reason
+
+    def usage(self) -> dict[str, int]:
+        """OpenAI's usage object."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+
+@dataclass
+class Writer:
+    """Shapes one answer. chat: chat completion or text completion; top: candidates asked for."""
+
+    chat: bool
+    model: str
+    version: str
+    top: int | None
+    tally: Tally
+    include_usage: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    id: str = ""
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
+
+    def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The answer in one object."""
+        text = "".join(piece.text for piece in pieces)
+        positions = [position for piece in pieces for position in piece.positions]
+        choice: dict[str, Any] = {"index": 0, "finish_reason": self.tally.finish_reason}
+        if self.chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        choice["logprobs"] = self._logprobs(positions)
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._envelope(kind, [choice]) | {"usage": self.tally.usage()}
+
+    def opening(self) -> str | None:
+        """The first chunk of a chat stream, which names the role."""
+        return self._chunk({"role": "assistant", "content": ""}, "", None, None) if self.chat else None
+
+    def piece(self, piece: Piece) -> str | None:
+        """One piece as an event; None where it says nothing, such as half a character held back."""
+        if not (piece.text or piece.finish_reason or (self.top is not None and piece.positions)):
+            return None
+        delta = {"content": piece.text} if piece.text else {}
+        return self._chunk(delta, piece.text, self._logprobs(piece.positions), piece.finish_reason)
+
+    def closing(self) -> str:
+        """What follows the last piece: usage if asked for, and the end mark."""
+        if not self.include_usage:
+            return DONE
+        return event(self._envelope(self._chunk_kind, []) | {"usage": self.tally.usage()}) + DONE
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
+
+    def _chunk(self, delta: dict[str, Any], text: str, logprobs: Any, finish_reason: str | None) -> str:
+        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice |= {"delta": delta} if self.chat else {"text": text}
+        usage = {"usage": None} if self.include_usage else {}
+        return event(self._envelope(self._chunk_kind, [choice]) | usage)
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.version,
+            "choices": choices,
+        }
+
+    def _logprobs(self, positions: Sequence[Sequence[Candidate]]) -> dict[str, Any] | None:
+        if self.top is None:
+            return None
+        return (
+            self._chat_logprobs(positions, self.top)
+            if self.chat
+            else self._text_logprobs(positions, self.top)
+        )
+
+    def _chat_logprobs(self, positions: Sequence[Sequence[Candidate]], top: int) -> dict[str, Any]:
+        content = [
+            entry(position[0])
+            | {"top_logprobs": [entry(candidate) for candidate in likeliest(position, top)]}
+            for position in positions
+        ]
+        return {"content": content, "refusal": None}
+
+    def _text_logprobs(self, positions: Sequence[Sequence[Candidate]], top: int) -> dict[str, Any]:
+        tokens = [position[0].text for position in positions]
+        offsets = []
+        for token in tokens:
+            offsets.append(self.offset)
+            self.offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [finite(position[0].logprob) for position in positions],
+            "top_logprobs": [
+                {candidate.text: finite(candidate.logprob) for candidate in likeliest(position, top)}
+                for position in positions
+            ]
+            if top
+            else None,
+            "text_offset": offsets,
+        }
+
+
+def likeliest(position: Sequence[Candidate], top: int) -> list[Candidate]:
+    """The `top` candidates with the highest log-probability."""
+    return sorted(position, key=lambda candidate: candidate.logprob, reverse=True)[:top]
+
+
+def entry(candidate: Candidate) -> dict[str, Any]:
+    """One token of a chat's log-probabilities. bytes: null where the token is a part of a character."""
+    whole = "\ufffd" not in candidate.text
+    return {
+        "token": candidate.text,
+        "logprob": finite(candidate.logprob),
+        "bytes": list(candidate.text.encode("utf-8")) if whole else None,
+    }
+
+
+def finite(logprob: float) -> float:
+    """A number that JSON can hold."""
+    return logprob if math.isfinite(logprob) else LOWEST_LOGPROB
+
+
+def event(value: Any) -> str:
+    """One server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"

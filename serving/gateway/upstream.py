@@ -1,0 +1,207 @@
+"""One Triton server over gRPC: a stream per request on a shared connection, its deadlines and its errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from serving.client import grpc_inputs, import_grpc
+from serving.gateway.config import LimitsConfig
+from serving.gateway.errors import ApiError, shown, unavailable
+
+CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", 64 * 2**20),
+    # A Triton that was down is tried again within a second, not after gRPC's two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+READY_SECONDS = 2.0
+TRY_AGAIN = "the model is not available now; try again"
+NOT_THERE = re.compile(
+    r"unknown model|not ready|not healthy|queue is full|maximum queue size|engine has stopped|unavailable",
+    re.I,
+)
+REFUSED = re.compile(
+    r"sampling.param|parameter|not supported|lora|adapter|max_tokens|the prompt has|must be", re.I
+)
+"""How Triton, vLLM's backend and the embedded one word what they cannot do now, and what they never do."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One token and its log-probability at one position."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One response of Triton. positions: per token the drawn one first, then the likeliest, if asked for."""
+
+    text: str
+    positions: list[list[Candidate]]
+    finish_reason: str | None
+    input_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which model of the server answers. version "": the latest."""
+
+    model: str
+    version: str = ""
+
+
+class UpstreamError(Exception):
+    """Triton refused or failed. detail is for the log only; `answer` is what the client gets."""
+
+    def __init__(self, code: str, detail: str, answer: ApiError) -> None:
+        super().__init__(f"{code}: {detail}")
+        self.code = code
+        self.detail = detail
+        self.answer = answer
+
+
+class Upstream:
+    """A connection to one Triton server. Made inside the event loop it is used in."""
+
+    def __init__(self, url: str, limits: LimitsConfig) -> None:
+        import tritonclient.grpc.aio as aio
+
+        self.url = url
+        self.limits = limits
+        self.active = 0
+        self.retired = False
+        self._grpc = import_grpc()
+        self._client = aio.InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
+
+    async def ready(self, target: Target) -> bool:
+        """Whether the model can be asked."""
+        from tritonclient.utils import InferenceServerException
+
+        try:
+            return bool(
+                await self._client.is_model_ready(target.model, target.version, client_timeout=READY_SECONDS)
+            )
+        except InferenceServerException:
+            return False
+
+    async def retire(self) -> None:
+        """Close, now or when the last stream has ended."""
+        self.retired = True
+        if self.active == 0:
+            await self._client.close()
+
+    async def stream(
+        self, target: Target, prompt: str, sampling: dict[str, Any], headers: dict[str, str]
+    ) -> AsyncGenerator[Piece, None]:
+        """Triton's responses as they arrive. Closing the iterator cancels the request in Triton.
+
+        Raises UpstreamError.
+        """
+        self.active += 1
+        try:
+            async with aclosing(self._pieces(target, prompt, sampling, headers)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            self.active -= 1
+            if self.retired and self.active == 0:
+                await self._client.close()
+
+    async def _pieces(
+        self, target: Target, prompt: str, sampling: dict[str, Any], headers: dict[str, str]
+    ) -> AsyncGenerator[Piece, None]:
+        request = {
+            "model_name": target.model,
+            "model_version": target.version,
+            "inputs": grpc_inputs(self._grpc, prompt, sampling),
+        }
+
+        async def requests() -> AsyncIterator[dict[str, Any]]:
+            yield request
+
+        # Not with the header `triton_grpc_error`, which would give errors a status code: Triton 2.51 dies of
+        # it after some hundreds of refused requests.
+        call = self._client.stream_infer(requests(), headers=headers)
+        wait, finish_reason = self.limits.first_token_seconds, None
+        try:
+            while (response := await self._next(call, wait)) is not None:
+                wait = self.limits.next_token_seconds
+                if response.get_response().outputs:
+                    piece = read_piece(response)
+                    finish_reason = piece.finish_reason
+                    yield piece
+            if finish_reason is None:
+                raise _failed("INCOMPLETE", "the stream ended without a finish reason")
+        finally:
+            call.cancel()
+
+    async def _next(self, call: Any, wait: float) -> Any:
+        from grpc.aio import AioRpcError
+
+        try:
+            async with asyncio.timeout(wait):
+                result, error = await anext(call)
+        except StopAsyncIteration:
+            return None
+        except TimeoutError:
+            answer = ApiError(504, f"the model did not answer within {wait:g} s", code="timeout")
+            raise UpstreamError("TIMEOUT", f"no response in {wait:g} s", answer) from None
+        except AioRpcError as failure:
+            raise _from_status(failure.code().name, failure.details() or "") from failure
+        if error is not None:
+            raise from_message(str(error.message()))
+        return result
+
+
+def read_piece(result: Any) -> Piece:
+    """The tensors of one response."""
+    reason = result.as_numpy("finish_reason").reshape(-1)[0].decode("utf-8")
+    positions = json.loads(result.as_numpy("logprobs").reshape(-1)[0].decode("utf-8")) or []
+    return Piece(
+        text=result.as_numpy("text_output").reshape(-1)[0].decode("utf-8"),
+        positions=[
+            [Candidate(entry["decoded_token"] or "", float(entry["logprob"])) for entry in position.values()]
+            for position in positions
+        ],
+        finish_reason=None if reason == "None" else reason,
+        input_tokens=int(result.as_numpy("num_input_tokens").reshape(-1)[0]),
+        output_tokens=int(result.as_numpy("num_output_tokens").reshape(-1)[0]),
+    )
+
+
+def _from_status(code: str, detail: str) -> UpstreamError:
+    """The connection's own errors. Those of requests come as messages, see `from_message`."""
+    if code in ("UNAVAILABLE", "RESOURCE_EXHAUSTED"):
+        return UpstreamError(code, detail, unavailable(TRY_AGAIN, "model_unavailable"))
+    if code == "DEADLINE_EXCEEDED":
+        return UpstreamError(code, detail, ApiError(504, "the model did not answer in time", code="timeout"))
+    return _failed(code, detail)
+
+
+def from_message(message: str) -> UpstreamError:
+    """An error of a request, which Triton sends in a stream as text without a status.
+
+    What is about a parameter is the client's to read. Everything else stays in the log.
+    """
+    if NOT_THERE.search(message):
+        return UpstreamError(
+            "UNAVAILABLE", message, unavailable(TRY_AGAIN, "model_unavailable", retry_after=2)
+        )
+    if REFUSED.search(message):
+        answer = ApiError(400, f"the model server refused the request: {shown(message, 300)}")
+        return UpstreamError("INVALID_ARGUMENT", message, answer)
+    return _failed("UNKNOWN", message)
+
+
+def _failed(code: str, detail: str) -> UpstreamError:
+    return UpstreamError(code, detail, ApiError(502, "the model server failed", code="model_failed"))

@@ -1,0 +1,148 @@
+"""The guard around an application: what an internal error tells, who may read metrics, and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from serving.gateway.app import Control, create_app
+from serving.gateway.config import GatewayConfig
+from serving.gateway.errors import ApiError
+from serving.gateway.guard import Guard
+from serving.gateway.keys import ApiKey, KeyRing, hash_key
+from serving.gateway.logs import JsonFormatter, configure
+from serving.gateway.metrics import Metrics
+
+SECRET = "the text of a prompt"
+MODELS = {"m": {"versions": {"v": {"export": "runs/export", "triton": "127.0.0.1:8001"}}}}
+BODY = {"model": "m", "messages": [{"role": "user", "content": SECRET}]}
+
+
+class Failing:
+    """A router or service in which whatever is asked for fails with a message that quotes the request."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    async def start(self, *_: Any) -> Any:
+        raise self.error
+
+    async def ready(self) -> dict[str, bool]:
+        raise self.error
+
+
+def guard(error: BaseException, **settings: Any) -> Guard:
+    failing: Any = Failing(error)
+    metrics = Metrics()
+
+    async def reload() -> None:
+        raise error
+
+    app = create_app(failing, failing, metrics, Control(reload))
+    keys = KeyRing([ApiKey(name="alice", sha256=hash_key("key"))], hash_key("root"))
+    return Guard(app, GatewayConfig.model_validate({"models": MODELS, **settings}), keys, metrics)
+
+
+def call(
+    guarded: Guard, method: str, path: str, key: str = "key", body: bytes = b"", wait: bool = False
+) -> tuple[int, dict[str, str], str]:
+    """One ASGI request: status, headers and body. wait: the body never comes."""
+    sent: list[Any] = []
+    messages = [{"type": "http.request", "body": body, "more_body": wait}]
+
+    async def receive() -> Any:
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {key}".encode())]
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": headers,
+    }
+    # An unforeseen error goes on to the server, which logs it, after the client has got its answer.
+    with contextlib.suppress(RuntimeError):
+        asyncio.run(guarded(scope, receive, send))
+    text = b"".join(message.get("body", b"") for message in sent)
+    found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], found, text.decode()
+
+
+def test_an_internal_error_tells_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    status, headers, text = call(
+        guard(RuntimeError(SECRET)), "POST", "/v1/chat/completions", body=json.dumps(BODY).encode()
+    )
+    assert status == 500
+    assert json.loads(text)["error"]["message"] == "internal error"
+    assert SECRET not in text
+    assert headers["x-request-id"].startswith("req-")
+
+
+def test_a_logged_error_has_its_type_and_place_and_not_its_message() -> None:
+    stream = io.StringIO()
+    configure(stream)
+    try:
+        raise RuntimeError(SECRET)
+    except RuntimeError:
+        logging.getLogger("uvicorn.error").exception("failed")
+    line = json.loads(stream.getvalue())
+    assert line["error"]["type"] == "RuntimeError"
+    assert "test_gateway_guard.py" in line["error"]["at"][-1]
+    assert SECRET not in stream.getvalue()
+
+
+def test_a_log_line_is_one_line() -> None:
+    record = logging.LogRecord("x", logging.INFO, "", 0, "event\nwith a break", (), None)
+    record.fields = {"detail": "a\nb"}
+    assert "\n" not in JsonFormatter().format(record)
+
+
+def test_an_error_of_the_api_keeps_its_headers() -> None:
+    error = ApiError(429, "slow down", headers={"Retry-After": "7"}, reason="requests")
+    guarded = guard(error)
+    status, headers, text = call(guarded, "POST", "/v1/chat/completions", body=json.dumps(BODY).encode())
+    assert (status, headers["retry-after"], json.loads(text)["error"]["message"]) == (429, "7", "slow down")
+    assert guarded.metrics.limited.labels("alice", "requests")._value.get() == 1
+    assert guarded.in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("private", "key", "status"), [(False, "", 200), (True, "key", 401), (True, "root", 200)]
+)
+def test_metrics_are_public_unless_they_are_private(private: bool, key: str, status: int) -> None:
+    assert call(guard(RuntimeError(SECRET), private_metrics=private), "GET", "/metrics", key)[0] == status
+
+
+def test_without_an_admin_key_there_is_no_administration() -> None:
+    guarded = guard(RuntimeError(SECRET))
+    assert call(guarded, "POST", "/admin/reload", "key")[0] == 401
+    guarded.keys = KeyRing(guarded.keys.keys, None)
+    assert call(guarded, "POST", "/admin/reload", "root")[0] == 404
+
+
+def test_a_whole_request_has_its_time() -> None:
+    limits = {"body_seconds": 60.0, "request_seconds": 0.05}
+    status, _, text = call(guard(RuntimeError(SECRET), limits=limits), "GET", "/v1/models", wait=True)
+    assert status == 504
+    assert json.loads(text)["error"]["code"] == "timeout"
+
+
+def test_a_full_gateway_says_when_to_come_again() -> None:
+    guarded = guard(RuntimeError(SECRET), limits={"max_in_flight": 1})
+    guarded.in_flight = 1
+    status, headers, _ = call(guarded, "POST", "/v1/chat/completions", body=json.dumps(BODY).encode())
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert call(guarded, "GET", "/health/live")[0] == 200
