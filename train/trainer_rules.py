@@ -49,7 +49,13 @@ def contradictions(config: TrainingStageConfig, where: str) -> list[Problem]:
     if block.get("save_total_limit") == 1:
         message = "the only complete checkpoint would be deleted before its successor is complete"
         found.append(("save_total_limit", message, "use 2 or more"))
-    if isinstance(config, (SftConfig, PretrainConfig)):
+    one_row_each = isinstance(config, (SftConfig, PretrainConfig))
+    if block.get("train_sampling_strategy") == "group_by_length" and not (
+        one_row_each or isinstance(config, KtoConfig)
+    ):
+        message = "rows of this stage have no length of their own that they could be grouped by"
+        found.append(("train_sampling_strategy", message, "remove it"))
+    if one_row_each:
         found += _sft(block) + _rows_apart(block, config.attn_implementation)
     if isinstance(config, PretrainConfig):
         found += _pretrain(block)
