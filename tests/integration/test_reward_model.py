@@ -175,16 +175,16 @@ def test_a_head_alone_is_trained_as_on_a_frozen_model(
     )
     context = SimpleNamespace(path=lambda name: {"model": tiny_model_dir, "data": preference_data}[name])
     config = RewardConfig(model=str(tiny_model_dir), data=str(preference_data), peft=None, trainer=trainer)
-    model = load_classifier(config, context, tiny_tokenizer)
-    model.base_model.requires_grad_(False)
+    start = load_classifier(config, context, tiny_tokenizer, tmp_path)
+    start.model.base_model.requires_grad_(False)
     pairs, _ = load_pairs(context, "train", tiny_tokenizer, 128, None)
-    oracle = make_trainer(config, model, tiny_tokenizer, build_args(config, tmp_path / "oracle"), pairs, None)
+    oracle = make_trainer(start, tiny_tokenizer, build_args(config, tmp_path / "oracle"), pairs, None)
     oracle.train()
 
     saved, _ = load_reward_model(tmp_path / "run" / "model")
     torch.testing.assert_close(saved.score.weight, oracle.model.score.weight.detach().cpu())
-    start = load_causal_lm(tiny_model_dir).model.state_dict()
-    assert all(torch.equal(value, start[name]) for name, value in saved.model.state_dict().items())
+    given = load_causal_lm(tiny_model_dir).model.state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in saved.model.state_dict().items())
     assert metrics["train_pairs"] == len(pairs)
 
 
