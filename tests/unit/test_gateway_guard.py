@@ -133,6 +133,13 @@ def test_without_an_admin_key_there_is_no_administration() -> None:
     assert call(guarded, "POST", "/admin/reload", "root")[0] == 404
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/admin/routes"])
+def test_a_request_without_a_key_is_nobodys_whatever_hashes_are_in_force(path: str) -> None:
+    guarded = guard(RuntimeError(SECRET))
+    guarded.keys = KeyRing([ApiKey(name="alice", sha256=hash_key(""))], hash_key(""))
+    assert call(guarded, "GET", path, "")[0] == 401
+
+
 def test_a_whole_request_has_its_time() -> None:
     limits = {"body_seconds": 60.0, "request_seconds": 0.05}
     status, _, text = call(guard(RuntimeError(SECRET), limits=limits), "GET", "/v1/models", wait=True)

@@ -29,6 +29,7 @@ from serving.gateway.keys import (
     ADMIN_VARIABLE,
     KEYS_VARIABLE,
     ApiKey,
+    KeyRing,
     describe_new_key,
     hash_key,
     load_keys,
@@ -214,12 +215,20 @@ def test_only_the_right_key_is_found():
         ({KEYS_VARIABLE: f"a:{hash_key('x')},b:{hash_key('x')}"}, "two API keys have the sha256"),
         ({KEYS_VARIABLE: f"a:{hash_key('x')},a:{hash_key('y')}"}, "two API keys have the name 'a'"),
         ({KEYS_VARIABLE: f"a:{hash_key('x')}", ADMIN_VARIABLE: "root"}, "is not a SHA-256"),
+        ({KEYS_VARIABLE: f"a:{hash_key('')}"}, "the hash of key 'a' is that of an empty text"),
+        ({KEYS_VARIABLE: f"a:{hash_key('x')}", ADMIN_VARIABLE: hash_key("")}, "the hash of the admin key is"),
     ],
 )
 def test_keys_that_cannot_be_used(environment, message):
     with pytest.raises(UserError, match=message) as caught:
         load_keys(config(), environment)
     assert "the-key-itself" not in str(caught.value)
+
+
+def test_no_key_is_nobodys_key_even_where_its_hash_is_listed():
+    ring = KeyRing([ApiKey(name="a", sha256=hash_key(""))], hash_key(""))
+    assert ring.find("") is None
+    assert not ring.is_admin("")
 
 
 def test_a_keys_file_is_checked_line_by_line(tmp_path):
