@@ -66,7 +66,7 @@ class Guard:
             exchange.reason = error.reason
             await sender.error(error)
         except ClientGoneError:
-            exchange.status = 499
+            exchange.status, exchange.reason = 499, "client_gone"
         except TimeoutError:
             exchange.reason = "timeout"
             seconds = self.config.limits.request_seconds

@@ -27,7 +27,7 @@ AnyRequest = ChatRequest | CompletionRequest
 
 @dataclass
 class Job:
-    """One request on its way to a version."""
+    """One request on its way to a version. failed: Triton refused it or broke off."""
 
     request: AnyRequest
     exchange: Exchange
@@ -38,6 +38,7 @@ class Job:
     prompt: Prompt
     max_tokens: int
     tally: Tally
+    failed: bool = False
     finished: bool = False
 
     @property
@@ -122,6 +123,7 @@ class Service:
                         raise ApiError(504, "the answer took too long", code="timeout")
             self._copy(job, "".join(texts))
         except UpstreamError as error:
+            job.failed = True
             job.exchange.reason = error.code
             self.metrics.upstream_errors.labels(*labels, error.code).inc()
             if error.answer.status >= 500:
@@ -144,9 +146,9 @@ class Service:
         if job.finished:
             return
         job.finished = True
-        # What Triton never answered costs nothing.
-        answered = job.exchange.first_token_s is not None
-        prompt, completion = (job.tally.prompt_tokens, job.tally.completion_tokens) if answered else (0, 0)
+        # What Triton refused costs nothing; a client that left early made it read the prompt.
+        free = job.failed and job.exchange.first_token_s is None
+        prompt, completion = (0, 0) if free else (job.tally.prompt_tokens, job.tally.completion_tokens)
         self.limiter.settle(job.state, job.prompt.tokens + job.max_tokens, prompt + completion)
         self.limiter.release(job.state)
         for kind, count in (("prompt", prompt), ("completion", completion)):

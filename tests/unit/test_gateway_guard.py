@@ -14,7 +14,7 @@ import pytest
 from serving.gateway.app import Control, create_app
 from serving.gateway.config import GatewayConfig
 from serving.gateway.errors import ApiError
-from serving.gateway.guard import Guard
+from serving.gateway.guard import ClientGoneError, Guard
 from serving.gateway.keys import ApiKey, KeyRing, hash_key
 from serving.gateway.logs import JsonFormatter, configure
 from serving.gateway.metrics import Metrics
@@ -89,6 +89,18 @@ def test_an_internal_error_tells_nothing(caplog: pytest.LogCaptureFixture) -> No
     assert json.loads(text)["error"]["message"] == "internal error"
     assert SECRET not in text
     assert headers["x-request-id"].startswith("req-")
+
+
+def test_a_client_that_leaves_is_no_internal_error(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("posttrain.gateway"), "propagate", True)
+    guarded = guard(ClientGoneError())
+    with caplog.at_level(logging.INFO, "posttrain.gateway"):
+        call(guarded, "POST", "/v1/chat/completions", body=json.dumps(BODY).encode())
+    fields = vars(caplog.records[-1])["fields"]
+    assert (fields["status"], fields["reason"]) == (499, "client_gone")
+    assert guarded.metrics.disconnects._value.get() == 1
 
 
 def test_a_logged_error_has_its_type_and_place_and_not_its_message() -> None:
