@@ -383,6 +383,14 @@ def test_tritons_messages_become_statuses_and_only_refusals_are_shown(message, s
 class Talking:
     """An upstream that gives one token after the other and never ends by itself."""
 
+    held = 0
+
+    def hold(self) -> None:
+        self.held += 1
+
+    def release(self) -> None:
+        self.held -= 1
+
     async def stream(self, *_: Any) -> Any:
         while True:
             yield piece("a")
