@@ -1,8 +1,8 @@
 """What every request passes before the application sees it: identity, key, room, size and time.
 
 An ASGI middleware around the whole application. Of a request without a valid key, and on the paths that want
-none, only the headers are read. What is not listed in PUBLIC wants a key, so a path that is added is private at
-first.
+none, only the headers are read. What is not listed in PUBLIC wants a key, so a path that is added is private
+at first.
 """
 
 from __future__ import annotations
