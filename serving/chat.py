@@ -8,6 +8,8 @@ of the machine could read it. Lines piped in are asked one after the other as on
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import sys
 import urllib.error
@@ -34,30 +36,53 @@ class Api:
 
     def models(self) -> list[str]:
         """The names of the models. Raises UserError or PosttrainError."""
-        with self._open("/models", None) as response:
-            return [model["id"] for model in json.load(response)["data"]]
+        with self._reading(), self._open("/models", None) as response:
+            return [str(model["id"]) for model in json.load(response)["data"]]
 
     def stream(self, body: Mapping[str, Any]) -> Iterator[str]:
         """The pieces of a chat's answer as they arrive; closing the iterator cancels it.
 
         Raises:
             UserError: the API refuses the request or the key.
-            PosttrainError: it failed, or cannot be reached.
+            PosttrainError: it failed, cannot be reached, answers with something else than OpenAI's events, or
+                ends them before `[DONE]`: what came until then is not the whole answer.
         """
-        with self._open("/chat/completions", {**body, "stream": True}) as response:
+        with self._reading(), self._open("/chat/completions", {**body, "stream": True}) as response:
             for line in response:
                 text = line.decode("utf-8").strip()
-                if not text.startswith("data: ") or text == "data: [DONE]":
+                if text == "data: [DONE]":
+                    return
+                if not text.startswith("data: "):
                     continue
                 chunk = json.loads(text.removeprefix("data: "))
                 if "error" in chunk:
                     raise PosttrainError(f"{self.url}: {chunk['error']['message']}")
                 for choice in chunk["choices"]:
                     yield choice["delta"].get("content") or ""
+        raise PosttrainError(f"{self.url}: the answer was cut off before its end")
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Make what goes wrong with an answer a PosttrainError."""
+        try:
+            yield
+        except PosttrainError:
+            raise
+        except (http.client.HTTPException, OSError) as error:
+            raise PosttrainError(f"{self.url}: the connection failed ({error!r})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PosttrainError(
+                f"{self.url}: does not answer as an OpenAI-compatible API ({error!r})\n"
+                "    --url goes up to and with /v1"
+            ) from error
 
     def _open(self, path: str, body: Mapping[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.key:
+            if not (self.key.isascii() and self.key.isprintable()):
+                raise UserError(
+                    f"the API key ({' or '.join(KEY_VARIABLES)}) holds characters that no key has"
+                )
             headers["Authorization"] = f"Bearer {self.key}"
         data = None if body is None else json.dumps(body).encode("utf-8")
         request = urllib.request.Request(self.url.rstrip("/") + path, data, headers)

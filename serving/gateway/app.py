@@ -47,6 +47,31 @@ class Control:
         self.started = int(time.time())
 
 
+class Readiness:
+    """Which versions can be asked, looked up once in READY_TTL_SECONDS however many ask."""
+
+    def __init__(
+        self, check: Callable[[], Awaitable[dict[str, bool]]], clock: rates.Clock = time.monotonic
+    ) -> None:
+        self.check = check
+        self.clock = clock
+        self._states: dict[str, bool] = {}
+        self._checked = float("-inf")
+        self._running: asyncio.Task[None] | None = None
+
+    async def states(self) -> dict[str, bool]:
+        """By "model@version". One check runs at a time, and goes on when who asked for it leaves."""
+        if self.clock() - self._checked > READY_TTL_SECONDS:
+            if self._running is None or self._running.done():
+                self._running = asyncio.create_task(self._look())
+            await asyncio.shield(self._running)
+        return self._states
+
+    async def _look(self) -> None:
+        self._states = await self.check()
+        self._checked = self.clock()
+
+
 class EventStream(StreamingResponse):
     """Server-sent events whose source is closed and booked however the sending ends."""
 
@@ -127,7 +152,7 @@ def _add_api(app: FastAPI, router: Router, service: Service, control: Control) -
 
 
 def _add_health(app: FastAPI, router: Router, metrics: Metrics, control: Control) -> None:
-    checked: tuple[float, dict[str, bool]] = (float("-inf"), {})
+    readiness = Readiness(router.ready)
 
     @app.get("/health/live")
     async def live() -> Any:
@@ -136,12 +161,9 @@ def _add_health(app: FastAPI, router: Router, metrics: Metrics, control: Control
 
     async def ready() -> Any:
         """200 when every version that gets traffic can be asked and the gateway is not going down."""
-        nonlocal checked
         if control.draining:
             return JSONResponse({"status": "draining"}, 503)
-        if time.monotonic() - checked[0] > READY_TTL_SECONDS:
-            checked = (time.monotonic(), await router.ready())
-        states = checked[1]
+        states = await readiness.states()
         body = {"status": "ready" if all(states.values()) else "not ready", "versions": states}
         return JSONResponse(body, 200 if all(states.values()) else 503)
 

@@ -1,7 +1,8 @@
 """What every request passes before the application sees it: identity, key, room, size and time.
 
-An ASGI middleware around the whole application. Of a request without a valid key only
-the headers are read. What is not listed in PUBLIC wants a key, so a path that is added is private at first.
+An ASGI middleware around the whole application. Of a request without a valid key, and on the paths that want
+none, only the headers are read. What is not listed in PUBLIC wants a key, so a path that is added is private
+at first.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Guard:
             exchange.reason = error.reason
             await sender.error(error)
         except ClientGoneError:
-            exchange.status = 499
+            exchange.status, exchange.reason = 499, "client_gone"
         except TimeoutError:
             exchange.reason = "timeout"
             seconds = self.config.limits.request_seconds
@@ -77,15 +78,21 @@ class Guard:
     async def _serve(self, scope: Scope, receive: Receive, sender: Sender, exchange: Exchange) -> None:
         async with asyncio.timeout(self.config.limits.request_seconds):
             check_head(scope)
+            if self._is_public(scope["path"]):
+                # Nothing there takes a body: one that is sent all the same is not read.
+                sender.close = has_body(scope)
+                await self.app(scope, replay(b"", receive), sender)
+                return
             self._authenticate(scope, exchange)
             with self._room(scope):
                 body = await self._body(scope, receive)
                 await self.app(scope, replay(body, receive), sender)
 
+    def _is_public(self, path: str) -> bool:
+        return path in PUBLIC or (path == METRICS and not self.config.private_metrics)
+
     def _authenticate(self, scope: Scope, exchange: Exchange) -> None:
         path: str = scope["path"]
-        if path in PUBLIC or (path == METRICS and not self.config.private_metrics):
-            return
         if path.startswith(ADMIN) or path == METRICS:
             if self.keys.admin_sha256 is None:
                 raise ApiError(404, "there is nothing at this path", code="not_found")
@@ -167,11 +174,12 @@ class Guard:
 
 
 class Sender:
-    """Adds the headers that every answer has, and notes the status."""
+    """Adds the headers that every answer has, and notes the status. close: end the connection after it."""
 
     def __init__(self, send: Send, exchange: Exchange) -> None:
         self.send = send
         self.exchange = exchange
+        self.close = False
 
     async def __call__(self, message: Message) -> None:
         """ASGI's send."""
@@ -181,6 +189,7 @@ class Sender:
                 *message.get("headers", []),
                 (b"x-request-id", self.exchange.request_id.encode("ascii")),
                 (b"x-content-type-options", b"nosniff"),
+                *([(b"connection", b"close")] if self.close else []),
             ]
         await self.send(message)
 
@@ -206,6 +215,12 @@ def check_head(scope: Scope) -> None:
             code="headers_too_large",
             headers={"Connection": "close"},
         )
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether the headers announce a body."""
+    headers = dict(scope["headers"])
+    return b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
 
 
 def presented_key(scope: Scope) -> str:

@@ -32,6 +32,8 @@ KEYS_VARIABLE = "POSTTRAIN_GATEWAY_KEYS"
 ADMIN_VARIABLE = "POSTTRAIN_GATEWAY_ADMIN_KEY_SHA256"
 PREFIX = "pt-"
 SHA256 = r"^[0-9a-f]{64}$"
+NOTHING_SHA256 = hashlib.sha256(b"").hexdigest()
+"""What hashing a variable that was empty gives. It is the hash of no key, and none is accepted under it."""
 
 
 class ApiKey(StrictModel):
@@ -66,7 +68,12 @@ class KeyRing:
         self.admin_sha256 = admin_sha256
 
     def find(self, presented: str) -> ApiKey | None:
-        """The client whose key was presented. Compares with every hash, whatever the outcome."""
+        """The client whose key was presented. Compares with every hash, whatever the outcome.
+
+        Nobody for "": a request without a key.
+        """
+        if not presented:
+            return None
         digest = hash_key(presented)
         found = None
         for key in self.keys:
@@ -75,8 +82,10 @@ class KeyRing:
         return found
 
     def is_admin(self, presented: str) -> bool:
-        """Whether the admin key was presented."""
-        return self.admin_sha256 is not None and hmac.compare_digest(hash_key(presented), self.admin_sha256)
+        """Whether the admin key was presented; never for "", a request without a key."""
+        if not presented or self.admin_sha256 is None:
+            return False
+        return hmac.compare_digest(hash_key(presented), self.admin_sha256)
 
 
 def new_key() -> str:
@@ -99,7 +108,8 @@ def describe_new_key(name: str) -> tuple[str, str]:
 def load_keys(config: GatewayConfig, environment: Mapping[str, str]) -> KeyRing:
     """The keys of the file and of the environment together.
 
-    Raises UserError when there are none though they are wanted, when one is malformed, or two are the same.
+    Raises UserError when there are none though they are wanted, when one is malformed or the hash of an empty
+    text, or two are the same.
     """
     held = KeysFile() if config.keys_file is None else _read_file(Path(config.keys_file))
     keys = held.keys + _from_environment(environment.get(KEYS_VARIABLE, ""))
@@ -109,6 +119,13 @@ def load_keys(config: GatewayConfig, environment: Mapping[str, str]) -> KeyRing:
         values = [vars(key)[field] for key in keys]
         for value in sorted({value for value in values if values.count(value) > 1}):
             raise UserError(f"{place}: two API keys have the {field} '{value[:64]}'; keep one of them")
+    empty = [f"key '{key.name}'" for key in keys if key.sha256 == NOTHING_SHA256]
+    empty += ["the admin key"] if admin == NOTHING_SHA256 else []
+    if empty:
+        raise UserError(
+            f"{place}: the hash of {' and '.join(empty)} is that of an empty text, which is no key\n"
+            "    make a key with `posttrain gateway-key NAME` and copy the hash it prints"
+        )
     unknown = {name for key in keys for name in key.models or ()} - config.models.keys()
     if unknown:
         raise UserError(f"{place}: a key allows models that are not served: {', '.join(sorted(unknown))}")

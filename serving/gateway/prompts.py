@@ -7,7 +7,6 @@ everywhere in this package, and its fingerprints must be those the export wrote 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from typing import Any
 from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer
 from posttrain.models import load_tokenizer
-from serving.export import MANIFEST, weights_dir
 from serving.gateway.errors import ApiError, shown
+from serving.repository import MANIFEST, read_index, weights_dir
 
 Messages = Sequence[dict[str, str]]
 
@@ -148,31 +147,56 @@ class Renderer:
         return wanted
 
 
-def load_renderer(export_dir: Path, threads: ThreadPoolExecutor) -> Renderer:
-    """The tokenizer and limits of an export. Weights are not read and need not be there.
+def load_renderer(export_dir: Path, version: int | None, threads: ThreadPoolExecutor) -> Renderer:
+    """The tokenizer and limits of a version of an export (the newest by default). Weights are not read.
 
-    Raises UserError when it is not an export, or its tokenizer is not the one that was exported.
+    Raises UserError when it is not an export, has no such version, or the version's tokenizer cannot be read
+    or is not the one that was exported.
     """
     path = export_dir / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = _manifest_of(export_dir, version)
         limits = ExportLimits(
             **{key: manifest["limits"][key] for key in ("max_prompt_characters", "max_output_tokens")},
             max_model_len=manifest["max_model_len"],
         )
-        name, fingerprints, weights = (
-            manifest["name"],
-            manifest["fingerprints"],
-            weights_dir(export_dir, manifest),
-        )
+        name, fingerprints = manifest["name"], manifest["fingerprints"]
+        weights = weights_dir(export_dir, manifest)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror})\n    name the run directory of a `posttrain export`"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not the manifest of an export ({error!r}); export again") from error
-    if fingerprint_tokenizer(weights) != fingerprints:
+    try:
+        exported = fingerprint_tokenizer(weights) == fingerprints
+        tokenizer = load_tokenizer(weights) if exported else None
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{weights}: its tokenizer cannot be read ({error}); export again") from error
+    if tokenizer is None:
         raise UserError(
             f"{weights}: the tokenizer or its chat template is not the one that was exported; export again"
         )
-    return Renderer(load_tokenizer(weights), name, limits, threads)
+    return Renderer(tokenizer, name, limits, threads)
+
+
+def _manifest_of(export_dir: Path, version: int | None) -> dict[str, Any]:
+    """A version's manifest. Raises UserError when there is none, and whatever a broken index gives."""
+    index = read_index(export_dir)
+    path = export_dir / MANIFEST
+    if index is None:
+        raise UserError(
+            f"{path}: cannot be read (no such file)\n    name the run directory of a `posttrain export`"
+        )
+    versions: dict[str, dict[str, Any]] = index["versions"]
+    chosen = str(version or index["version"])
+    if chosen not in versions:
+        raise UserError(
+            f"{path}: has no version {chosen}; its versions are {', '.join(versions)}\n"
+            "    set model_version to one of them, or leave it out for the newest"
+        )
+    return versions[chosen]

@@ -92,6 +92,17 @@ def sticky_point(model: Model, key: ApiKey, user: str | None) -> float | None:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
+def load_renderers(
+    models: Mapping[str, ModelConfig], threads: ThreadPoolExecutor
+) -> dict[tuple[str, int | None], Renderer]:
+    """One renderer for each version of an export that is served, by `export` and `model_version`.
+
+    Raises UserError as `load_renderer`.
+    """
+    wanted = {(v.export, v.model_version): None for model in models.values() for v in model.versions.values()}
+    return {(folder, version): load_renderer(Path(folder), version, threads) for folder, version in wanted}
+
+
 class Router:
     """The table in force and the one before it."""
 
@@ -120,9 +131,7 @@ class Router:
 
     async def load(self, models: Mapping[str, ModelConfig]) -> None:
         """Read every export and put the new table in force, or leave the old one and raise UserError."""
-        renderers = {}
-        for folder in {version.export for model in models.values() for version in model.versions.values()}:
-            renderers[folder] = await asyncio.to_thread(load_renderer, Path(folder), self.threads)
+        renderers = await asyncio.to_thread(load_renderers, models, self.threads)
         upstreams: dict[str, Upstream] = {}
         built = {}
         for name, config in models.items():
@@ -130,7 +139,7 @@ class Router:
             for label, version in config.versions.items():
                 upstream = upstreams.get(version.triton) or self._connection(version.triton)
                 upstreams[version.triton] = upstream
-                renderer = renderers[version.export]
+                renderer = renderers[version.export, version.model_version]
                 target = Target(version.model or renderer.name, str(version.model_version or ""))
                 versions[label] = Version(label, version, renderer, upstream, target)
             weights = {label: version.weight for label, version in config.versions.items()}

@@ -30,9 +30,8 @@ from serving.gateway.guard import Guard
 from serving.gateway.keys import load_keys
 from serving.gateway.logs import configure, log
 from serving.gateway.metrics import Metrics
-from serving.gateway.prompts import load_renderer
 from serving.gateway.protocol import MAX_HEADER_BYTES, bounded_protocol
-from serving.gateway.routes import Router, describe
+from serving.gateway.routes import Router, describe, load_renderers
 from serving.gateway.service import Service
 
 SPARE_FILES = 256
@@ -61,15 +60,20 @@ class Gateway:
         self.metrics.show_shares(describe(self.router.table))
 
     async def reload(self) -> None:
-        """Put the file's models and keys in force, or keep the old ones and raise UserError."""
+        """Put the file's models and keys in force, or keep the old ones.
+
+        A failure is logged, counted and raised: UserError for what is wrong with the files.
+        """
         async with self._reloading:
             try:
                 config = await asyncio.to_thread(load_config, self.path, self.overrides)
                 keys = await asyncio.to_thread(load_keys, config, os.environ)
                 await self.router.load(config.models)
-            except UserError as error:
+            except Exception as error:
                 self.metrics.reloads.labels("file", "failed").inc()
-                log("reload_failed", logging.ERROR, detail=str(error))
+                # Of what was not foreseen the type only: its message may hold anything.
+                detail = str(error) if isinstance(error, UserError) else type(error).__name__
+                log("reload_failed", logging.ERROR, detail=detail)
                 raise
             self.guard.keys = keys
             self.metrics.reloads.labels("file", "done").inc()
@@ -89,8 +93,8 @@ class Gateway:
             ) from error
 
     async def reload_quietly(self) -> None:
-        """The same for SIGHUP, whose sender reads the log."""
-        with contextlib.suppress(UserError):
+        """The same for SIGHUP, whose sender reads the log: there is nobody to raise to."""
+        with contextlib.suppress(Exception):
             await self.reload()
 
 
@@ -145,8 +149,7 @@ def run(path: Path | None, overrides: Sequence[str], *, check: bool = False) -> 
     config = load_config(path, overrides)
     if check:
         load_keys(config, os.environ)
-        for folder in {v.export for model in config.models.values() for v in model.versions.values()}:
-            load_renderer(Path(folder), ThreadPoolExecutor(1))
+        load_renderers(config.models, ThreadPoolExecutor(1))
         return
     configure()
     raise_file_limit(config.limits.max_connections + SPARE_FILES)

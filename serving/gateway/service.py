@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ AnyRequest = ChatRequest | CompletionRequest
 
 @dataclass
 class Job:
-    """One request on its way to a version."""
+    """One request on its way to a version. failed: Triton refused it or broke off."""
 
     request: AnyRequest
     exchange: Exchange
@@ -38,6 +39,7 @@ class Job:
     prompt: Prompt
     max_tokens: int
     tally: Tally
+    failed: bool = False
     finished: bool = False
 
     @property
@@ -63,6 +65,8 @@ class Service:
         self.max_messages = max_messages
         self.limiter = rates.Limiter()
         self.shadows: set[asyncio.Task[None]] = set()
+        self.copies: Counter[str] = Counter()
+        """Copies under way by model."""
 
     async def start(self, request: AnyRequest, exchange: Exchange) -> tuple[Job, AsyncGenerator[Piece, None]]:
         """Admit a request and choose who answers it: the job, and Triton's pieces as they come.
@@ -86,11 +90,17 @@ class Service:
         model, pinned = self.router.table.find(request.model, key)
         version = self.router.choose(model, pinned, key, request.user)
         exchange.model, exchange.version, exchange.stream = model.name, version.name, bool(request.stream)
-        prompt = await self._prompt(request, model, version)
-        wanted, param = request.answer_limit
-        default = None if isinstance(request, ChatRequest) else 16
-        max_tokens = version.renderer.answer_tokens(prompt, wanted, default, param)
-        self.limiter.reserve(key, state, prompt.tokens + max_tokens)
+        # Before anything is awaited: a route change must not close it under this request.
+        version.upstream.hold()
+        try:
+            prompt = await self._prompt(request, model, version)
+            wanted, param = request.answer_limit
+            default = None if isinstance(request, ChatRequest) else 16
+            max_tokens = version.renderer.answer_tokens(prompt, wanted, default, param)
+            self.limiter.reserve(key, state, prompt.tokens + max_tokens)
+        except BaseException:
+            version.upstream.release()
+            raise
         exchange.tally = Tally(prompt.tokens)
         return Job(request, exchange, key, state, model, version, prompt, max_tokens, exchange.tally)
 
@@ -122,6 +132,7 @@ class Service:
                         raise ApiError(504, "the answer took too long", code="timeout")
             self._copy(job, "".join(texts))
         except UpstreamError as error:
+            job.failed = True
             job.exchange.reason = error.code
             self.metrics.upstream_errors.labels(*labels, error.code).inc()
             if error.answer.status >= 500:
@@ -144,9 +155,10 @@ class Service:
         if job.finished:
             return
         job.finished = True
-        # What Triton never answered costs nothing.
-        answered = job.exchange.first_token_s is not None
-        prompt, completion = (job.tally.prompt_tokens, job.tally.completion_tokens) if answered else (0, 0)
+        job.version.upstream.release()
+        # What Triton refused costs nothing; a client that left early made it read the prompt.
+        free = job.failed and job.exchange.first_token_s is None
+        prompt, completion = (0, 0) if free else (job.tally.prompt_tokens, job.tally.completion_tokens)
         self.limiter.settle(job.state, job.prompt.tokens + job.max_tokens, prompt + completion)
         self.limiter.release(job.state)
         for kind, count in (("prompt", prompt), ("completion", completion)):
@@ -160,34 +172,44 @@ class Service:
             return
         settings = job.model.config.shadow
         assert settings is not None
-        if len(self.shadows) >= settings.max_concurrent:
+        if self.copies[job.model.name] >= settings.max_concurrent:
             self.metrics.shadows.labels(job.model.name, shadow.name, "left_out").inc()
             return
+        shadow.upstream.hold()
+        self.copies[job.model.name] += 1
         task = asyncio.create_task(self._shadow(job, shadow, text))
         self.shadows.add(task)
-        task.add_done_callback(self.shadows.discard)
+
+        def ended(task: asyncio.Task[None]) -> None:
+            # Not in the task itself, which never begins when it is cancelled at once.
+            self.shadows.discard(task)
+            self.copies[job.model.name] -= 1
+            shadow.upstream.release()
+
+        task.add_done_callback(ended)
 
     async def _shadow(self, job: Job, shadow: Version, text: str) -> None:
         exchange = Exchange(job.exchange.endpoint, "POST", f"{job.exchange.request_id}-shadow"[:80])
         adapter = shadow.config.adapter
         sampling = job.request.sampling(job.max_tokens) | ({"lora_name": adapter} if adapter else {})
+        outcome = "failed"
         try:
             prompt = await self._prompt(job.request, job.model, shadow)
             async with aclosing(ask(shadow, prompt.text, sampling, exchange)) as pieces:
                 answer = "".join([piece.text async for piece in pieces])
-        except (ApiError, UpstreamError):
-            outcome = "failed"
-        else:
             greedy = job.request.temperature == 0
             outcome = ("same" if answer == text else "different") if greedy else "answered"
-        self.metrics.shadows.labels(job.model.name, shadow.name, outcome).inc()
-        log(
-            "shadow",
-            request_id=job.exchange.request_id,
-            model=job.model.name,
-            version=shadow.name,
-            outcome=outcome,
-        )
+        except (ApiError, UpstreamError):
+            pass  # Counted below, as everything else that ends it early.
+        finally:
+            self.metrics.shadows.labels(job.model.name, shadow.name, outcome).inc()
+            log(
+                "shadow",
+                request_id=job.exchange.request_id,
+                model=job.model.name,
+                version=shadow.name,
+                outcome=outcome,
+            )
 
     async def close(self) -> None:
         """Drop the copies that are still on their way."""

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,22 +79,34 @@ class Upstream:
         self.limits = limits
         self.active = 0
         self.retired = False
+        self._closing: asyncio.Task[None] | None = None
         self._grpc = import_grpc()
         self._client = aio.InferenceServerClient(url, channel_args=CHANNEL_OPTIONS)
 
     async def ready(self, target: Target) -> bool:
         """Whether the model can be asked."""
+        from grpc.aio import UsageError
         from tritonclient.utils import InferenceServerException
 
         try:
             return bool(
                 await self._client.is_model_ready(target.model, target.version, client_timeout=READY_SECONDS)
             )
-        except InferenceServerException:
+        except (InferenceServerException, UsageError):
             return False
 
+    def hold(self) -> None:
+        """Keep the connection open for a request that was given to it, until `release`."""
+        self.active += 1
+
+    def release(self) -> None:
+        """The request has ended; the last one closes a connection that was retired."""
+        self.active -= 1
+        if self.retired and self.active == 0:
+            self._closing = asyncio.get_running_loop().create_task(self._client.close())
+
     async def retire(self) -> None:
-        """Close, now or when the last stream has ended."""
+        """Close, now or when the last request has ended."""
         self.retired = True
         if self.active == 0:
             await self._client.close()
@@ -105,21 +116,8 @@ class Upstream:
     ) -> AsyncGenerator[Piece, None]:
         """Triton's responses as they arrive. Closing the iterator cancels the request in Triton.
 
-        Raises UpstreamError.
+        The caller holds the connection (`hold`). Raises UpstreamError.
         """
-        self.active += 1
-        try:
-            async with aclosing(self._pieces(target, prompt, sampling, headers)) as pieces:
-                async for piece in pieces:
-                    yield piece
-        finally:
-            self.active -= 1
-            if self.retired and self.active == 0:
-                await self._client.close()
-
-    async def _pieces(
-        self, target: Target, prompt: str, sampling: dict[str, Any], headers: dict[str, str]
-    ) -> AsyncGenerator[Piece, None]:
         request = {
             "model_name": target.model,
             "model_version": target.version,
@@ -131,7 +129,7 @@ class Upstream:
 
         # Not with the header `triton_grpc_error`, which would give errors a status code: Triton 2.51 dies of
         # it after some hundreds of refused requests.
-        call = self._client.stream_infer(requests(), headers=headers)
+        call = self._call(requests(), headers)
         wait, finish_reason = self.limits.first_token_seconds, None
         try:
             while (response := await self._next(call, wait)) is not None:
@@ -145,8 +143,16 @@ class Upstream:
         finally:
             call.cancel()
 
+    def _call(self, requests: AsyncIterator[dict[str, Any]], headers: dict[str, str]) -> Any:
+        from grpc.aio import UsageError
+
+        try:
+            return self._client.stream_infer(requests, headers=headers)
+        except UsageError as failure:
+            raise _closed(failure) from failure
+
     async def _next(self, call: Any, wait: float) -> Any:
-        from grpc.aio import AioRpcError
+        from grpc.aio import AioRpcError, UsageError
 
         try:
             async with asyncio.timeout(wait):
@@ -158,6 +164,8 @@ class Upstream:
             raise UpstreamError("TIMEOUT", f"no response in {wait:g} s", answer) from None
         except AioRpcError as failure:
             raise _from_status(failure.code().name, failure.details() or "") from failure
+        except UsageError as failure:
+            raise _closed(failure) from failure
         if error is not None:
             raise from_message(str(error.message()))
         return result
@@ -201,6 +209,11 @@ def from_message(message: str) -> UpstreamError:
         answer = ApiError(400, f"the model server refused the request: {shown(message, 300)}")
         return UpstreamError("INVALID_ARGUMENT", message, answer)
     return _failed("UNKNOWN", message)
+
+
+def _closed(failure: Exception) -> UpstreamError:
+    """The connection was closed on this side."""
+    return UpstreamError("CLOSED", str(failure), unavailable(TRY_AGAIN, "model_unavailable"))
 
 
 def _failed(code: str, detail: str) -> UpstreamError:

@@ -7,14 +7,15 @@ import contextlib
 import io
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from serving.gateway.app import Control, create_app
+from serving.gateway.app import READY_TTL_SECONDS, Control, Readiness, create_app
 from serving.gateway.config import GatewayConfig
 from serving.gateway.errors import ApiError
-from serving.gateway.guard import Guard
+from serving.gateway.guard import ClientGoneError, Guard
 from serving.gateway.keys import ApiKey, KeyRing, hash_key
 from serving.gateway.logs import JsonFormatter, configure
 from serving.gateway.metrics import Metrics
@@ -50,9 +51,15 @@ def guard(error: BaseException, **settings: Any) -> Guard:
 
 
 def call(
-    guarded: Guard, method: str, path: str, key: str = "key", body: bytes = b"", wait: bool = False
+    guarded: Guard,
+    method: str,
+    path: str,
+    key: str = "key",
+    body: bytes = b"",
+    wait: bool = False,
+    more: Sequence[tuple[bytes, bytes]] = (),
 ) -> tuple[int, dict[str, str], str]:
-    """One ASGI request: status, headers and body. wait: the body never comes."""
+    """One ASGI request: status, headers and body. wait: the body never comes; more: further headers."""
     sent: list[Any] = []
     messages = [{"type": "http.request", "body": body, "more_body": wait}]
 
@@ -64,7 +71,7 @@ def call(
     async def send(message: Any) -> None:
         sent.append(message)
 
-    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {key}".encode())]
+    headers = [(b"content-type", b"application/json"), (b"authorization", f"Bearer {key}".encode()), *more]
     scope = {
         "type": "http",
         "method": method,
@@ -89,6 +96,18 @@ def test_an_internal_error_tells_nothing(caplog: pytest.LogCaptureFixture) -> No
     assert json.loads(text)["error"]["message"] == "internal error"
     assert SECRET not in text
     assert headers["x-request-id"].startswith("req-")
+
+
+def test_a_client_that_leaves_is_no_internal_error(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("posttrain.gateway"), "propagate", True)
+    guarded = guard(ClientGoneError())
+    with caplog.at_level(logging.INFO, "posttrain.gateway"):
+        call(guarded, "POST", "/v1/chat/completions", body=json.dumps(BODY).encode())
+    fields = vars(caplog.records[-1])["fields"]
+    assert (fields["status"], fields["reason"]) == (499, "client_gone")
+    assert guarded.metrics.disconnects._value.get() == 1
 
 
 def test_a_logged_error_has_its_type_and_place_and_not_its_message() -> None:
@@ -126,11 +145,74 @@ def test_metrics_are_public_unless_they_are_private(private: bool, key: str, sta
     assert call(guard(RuntimeError(SECRET), private_metrics=private), "GET", "/metrics", key)[0] == status
 
 
+@pytest.mark.parametrize("path", ["/health", "/health/live", "/openapi.json", "/metrics"])
+@pytest.mark.parametrize("announced", [(b"content-length", b"1000"), (b"transfer-encoding", b"chunked")])
+def test_where_no_key_is_wanted_no_body_is_read(path: str, announced: tuple[bytes, bytes]) -> None:
+    guarded = guard(RuntimeError(SECRET))
+    guarded.app = create_app(Counting(), Counting(), guarded.metrics, Control(Counting().ready))  # type: ignore[arg-type]
+    status, headers, _ = call(guarded, "GET", path, "", wait=True, more=[announced])
+    assert (status, headers["connection"]) == (200, "close")
+    assert "connection" not in call(guarded, "GET", path, "")[1]
+
+
+class Counting:
+    """A router whose readiness is asked for, and takes a while."""
+
+    asked = 0
+
+    async def ready(self) -> dict[str, bool]:
+        self.asked += 1
+        await asyncio.sleep(0)
+        return {"m@v": True}
+
+
+def test_readiness_is_looked_up_once_however_many_ask_and_one_that_leaves_stops_nobody() -> None:
+    router = Counting()
+
+    async def scenario() -> list[dict[str, bool]]:
+        readiness = Readiness(router.ready)
+        leaving = asyncio.create_task(readiness.states())
+        staying = [asyncio.create_task(readiness.states()) for _ in range(5)]
+        await asyncio.sleep(0)
+        leaving.cancel()
+        return [*await asyncio.gather(*staying), await readiness.states()]
+
+    assert asyncio.run(scenario()) == [{"m@v": True}] * 6
+    assert router.asked == 1
+
+
+def test_the_time_of_a_lookup_is_when_it_ended() -> None:
+    clock = [1000.0]
+    asked = []
+
+    async def slow() -> dict[str, bool]:
+        asked.append(clock[0])
+        clock[0] += 2 * READY_TTL_SECONDS
+        return {"m@v": True}
+
+    async def scenario() -> None:
+        readiness = Readiness(slow, lambda: clock[0])
+        await readiness.states()
+        await readiness.states()
+        clock[0] += 2 * READY_TTL_SECONDS
+        await readiness.states()
+
+    asyncio.run(scenario())
+    assert asked == [1000.0, 1000.0 + 4 * READY_TTL_SECONDS]
+
+
 def test_without_an_admin_key_there_is_no_administration() -> None:
     guarded = guard(RuntimeError(SECRET))
     assert call(guarded, "POST", "/admin/reload", "key")[0] == 401
     guarded.keys = KeyRing(guarded.keys.keys, None)
     assert call(guarded, "POST", "/admin/reload", "root")[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/admin/routes"])
+def test_a_request_without_a_key_is_nobodys_whatever_hashes_are_in_force(path: str) -> None:
+    guarded = guard(RuntimeError(SECRET))
+    guarded.keys = KeyRing([ApiKey(name="alice", sha256=hash_key(""))], hash_key(""))
+    assert call(guarded, "GET", path, "")[0] == 401
 
 
 def test_a_whole_request_has_its_time() -> None:

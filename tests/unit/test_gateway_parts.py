@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from serving.gateway.keys import (
     ADMIN_VARIABLE,
     KEYS_VARIABLE,
     ApiKey,
+    KeyRing,
     describe_new_key,
     hash_key,
     load_keys,
@@ -214,12 +216,20 @@ def test_only_the_right_key_is_found():
         ({KEYS_VARIABLE: f"a:{hash_key('x')},b:{hash_key('x')}"}, "two API keys have the sha256"),
         ({KEYS_VARIABLE: f"a:{hash_key('x')},a:{hash_key('y')}"}, "two API keys have the name 'a'"),
         ({KEYS_VARIABLE: f"a:{hash_key('x')}", ADMIN_VARIABLE: "root"}, "is not a SHA-256"),
+        ({KEYS_VARIABLE: f"a:{hash_key('')}"}, "the hash of key 'a' is that of an empty text"),
+        ({KEYS_VARIABLE: f"a:{hash_key('x')}", ADMIN_VARIABLE: hash_key("")}, "the hash of the admin key is"),
     ],
 )
 def test_keys_that_cannot_be_used(environment, message):
     with pytest.raises(UserError, match=message) as caught:
         load_keys(config(), environment)
     assert "the-key-itself" not in str(caught.value)
+
+
+def test_no_key_is_nobodys_key_even_where_its_hash_is_listed():
+    ring = KeyRing([ApiKey(name="a", sha256=hash_key(""))], hash_key(""))
+    assert ring.find("") is None
+    assert not ring.is_admin("")
 
 
 def test_a_keys_file_is_checked_line_by_line(tmp_path):
@@ -373,6 +383,14 @@ def test_tritons_messages_become_statuses_and_only_refusals_are_shown(message, s
 class Talking:
     """An upstream that gives one token after the other and never ends by itself."""
 
+    held = 0
+
+    def hold(self) -> None:
+        self.held += 1
+
+    def release(self) -> None:
+        self.held -= 1
+
     async def stream(self, *_: Any) -> Any:
         while True:
             yield piece("a")
@@ -400,12 +418,8 @@ async def overdue_stream(service: Service, exchange: Exchange) -> tuple[list[str
 
 
 def test_an_answer_that_takes_too_long_ends_with_an_event_that_says_so():
-    router = Router(LimitsConfig(), ThreadPoolExecutor(1))
-    version: Any = Version("a", VersionConfig(**EXPORT), Copied(), Talking(), Target("m"))  # type: ignore[arg-type]
-    plain = model({"a": 1})
-    router.table = Table({"support": Model("support", plain.config, {"a": version}, {"a": 1})})
+    service = service_of(Talking())
     exchange = Exchange("/v1/completions", "POST", "r1", deadline=0.0, key=key(tokens_per_minute=100))
-    service = Service(router, Metrics(), 8)
     written, running = asyncio.run(overdue_stream(service, exchange))
     assert events(written[-1])[0]["error"]["code"] == "timeout"
     assert DONE not in "".join(written)
@@ -413,6 +427,51 @@ def test_an_answer_that_takes_too_long_ends_with_an_event_that_says_so():
     left = service.limiter.state(key(tokens_per_minute=100)).tokens
     assert left is not None
     assert left.level == pytest.approx(100 - 3 - 1, abs=0.5), "the prompt and the one token that came"
+
+
+class Silent(Talking):
+    """An upstream that is still reading the prompt."""
+
+    async def stream(self, *_: Any) -> Any:
+        await asyncio.Event().wait()
+        yield piece("never")
+
+
+class Refusing(Talking):
+    """An upstream whose queue is full."""
+
+    url = "127.0.0.1:8001"
+
+    async def stream(self, *_: Any) -> Any:
+        raise from_message("the queue is full (256 requests)")
+        yield piece("never")
+
+
+def service_of(upstream: Any) -> Service:
+    """A service with one model `support`, of one version `a`."""
+    router = Router(LimitsConfig(), ThreadPoolExecutor(1))
+    version: Any = Version("a", VersionConfig(**EXPORT), Copied(), upstream, Target("m"))  # type: ignore[arg-type]
+    plain = model({"a": 1})
+    router.table = Table({"support": Model("support", plain.config, {"a": version}, {"a": 1})})
+    return Service(router, Metrics(), 8)
+
+
+@pytest.mark.parametrize(("upstream", "used"), [(Silent(), 3), (Refusing(), 0)])
+def test_who_leaves_before_the_first_token_pays_for_the_prompt(upstream, used):
+    service, alice = service_of(upstream), key(tokens_per_minute=100)
+
+    async def scenario() -> None:
+        request = CompletionRequest.model_validate({"model": "support", "prompt": "x"})
+        job, pieces = await service.start(request, Exchange("/v1/completions", "POST", "r1", key=alice))
+        with contextlib.suppress(TimeoutError, ApiError):
+            await asyncio.wait_for(anext(pieces), 0.01)
+        await pieces.aclose()
+        service.finish(job)
+
+    asyncio.run(scenario())
+    left = service.limiter.state(alice).tokens
+    assert left is not None
+    assert left.level == pytest.approx(100 - used, abs=0.5)
 
 
 def test_a_clients_text_is_shown_short_and_printable():
