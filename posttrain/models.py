@@ -158,7 +158,9 @@ def score_ids(
     places_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
     last_B = (mask_BT * places_T).argmax(dim=1)
     rows_B = torch.arange(mask_BT.shape[0], device=mask_BT.device)
-    head_dtype = next(classifier.score.parameters()).dtype
+    # Under PEFT the head is there twice: as it was loaded, and as it is trained.
+    head = [p for name, p in classifier.score.named_parameters() if "original_module" not in name]
+    head_dtype = head[0].dtype
     with torch.autocast(input_ids_BT.device.type, enabled=False):
         scores_B1 = classifier.score(hidden_BTD[rows_B, last_B].to(head_dtype))
     return scores_B1.squeeze(-1) - float(calibration["bias"])

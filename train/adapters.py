@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from posttrain.errors import UserError
 from posttrain.hashing import adapter_base
 from posttrain.models import adapter_weight_names, is_adapter, load_causal_lm
-from train.concatenate import Part, read_part
+from train.concatenate import MATRIX, Part, read_part
 from train.config import DpoConfig, KtoConfig, RewardConfig, TrainingStageConfig
 from train.online_config import GrpoConfig, RlooConfig
 from train.peft_config import START_FIELDS, AdapterSettings, PeftSettings
@@ -128,7 +128,9 @@ def adapt(
     assert lora is not None
     if not settings.changes_base:
         return Start(base, lora, others, ratio, quantization)
-    model, initial = initialise(base, lora, checkpoints / INITIAL)
+    with torch.random.fork_rng():  # randomised SVD draws; the same in a run that is resumed
+        torch.manual_seed(config.seed)
+        model, initial = initialise(base, lora, checkpoints / INITIAL)
     return Start(model, None, (*others, initial), ratio, quantization)
 
 
@@ -229,7 +231,7 @@ def refuse_adapter(path: Path, ref: str) -> None:
 
 
 def _check_stackable(path: Path, ref: str) -> None:
-    more = [name for name in adapter_weight_names(path) if "lora_A" not in name and "lora_B" not in name]
+    more = [name for name in adapter_weight_names(path) if not MATRIX.search(name)]
     if more:
         raise UserError(
             f"peft.start: stack saves the adapter {ref} and a new one as one, which holds for LoRA matrices "

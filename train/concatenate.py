@@ -13,6 +13,7 @@ together with rank patterns.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from torch import Tensor
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+MATRIX = re.compile(r"\.lora_[AB]\.(\w+\.)?weight$|\.lora_embedding_[AB]")
+"""Names of what `concatenate` adds up; a bias of B (peft's lora_bias) is not among them."""
 _A_AND_B = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 _WHICH_LAYERS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 

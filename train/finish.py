@@ -49,15 +49,20 @@ def make_ready(trainer: Trainer, start: Start) -> None:
 
 
 def settle_types(trainer: Trainer, start: Start) -> None:
-    """On a quantised base: modules_to_save in float32, and the reference in the type of the policy.
+    """Modules_to_save in float32, and on a quantised base the reference in the type of the policy.
 
-    TRL holds everything trainable in bfloat16 there, which is meant for A and B. A score head or an embedding
-    would lose updates and not fit float32 activations; and the copy that is the reference, which TRL leaves
-    in float32, would not compute what the policy computes before the first step.
+    On 16-bit weights peft keeps A and B in float32 and everything else in 16 bits, where most updates of a
+    score head or an embedding round to nothing; under autocast float32 fits. On a quantised base TRL holds
+    everything trainable in bfloat16, which is meant for A and B; and the copy that is the reference, which
+    TRL leaves in float32, would not compute what the policy computes before the first step.
     """
-    if start.quantization is None:
-        return
     assert trainer.model is not None
+    if start.quantization is None:
+        if trainer.args.bf16 or trainer.args.fp16:
+            for name, parameter in trainer.model.named_parameters():
+                if "modules_to_save.default" in name:
+                    parameter.data = parameter.data.float()
+        return
     named = dict(trainer.model.named_parameters())
     for name, parameter in named.items():
         copy = named.get(name.replace(".default.", f".{REFERENCE}.")) if ".default." in name else None

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from posttrain.errors import UserError
 from posttrain.hashing import adapter_base, hash_path
 from posttrain.models import adapter_weight_names, is_adapter
+from train.concatenate import MATRIX
 from train.merge_config import MergeConfig
 
 COMBINED = "combined"
@@ -96,7 +97,7 @@ def check_combinable(paths: Sequence[Path], settings: Sequence[PeftConfig], conf
         if not isinstance(given, LoraConfig):
             raise UserError(f"adapters: {ref} is a {given.peft_type} adapter; only LoRA can be combined")
         names = adapter_weight_names(path)
-        more = [name for name in names if "lora_A" not in name and "lora_B" not in name]
+        more = [name for name in names if not MATRIX.search(name)]
         if more:
             raise UserError(
                 f"adapters: {ref} has trained more than LoRA matrices ({more[0]}, {len(more)} tensors), "

@@ -13,7 +13,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
 
 from data_prep.dataset import Split, read_split
 from posttrain.models import load_tokenizer
@@ -23,6 +22,7 @@ from train.config import PretrainConfig
 from train.encode import encode_texts, windows_of
 from train.finish import train_and_save
 from train.isolation import check_isolation
+from train.length_groups import GroupedSFTTrainer
 from train.peft_setup import length_limit, quiet_libraries
 from train.trainer_args import build_args
 
@@ -45,7 +45,7 @@ def run(config: PretrainConfig, context: StageContext) -> dict[str, Any]:
         eval_rows, _ = load_windows(context, "eval", tokenizer, max_length)
 
     probe = train_rows[:2]["input_ids"]
-    trainer = SFTTrainer(
+    trainer = GroupedSFTTrainer(
         model=start.model,
         args=build_args(config, context.checkpoints, max_length=max_length),
         train_dataset=train_rows,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,6 +125,8 @@ def load_classifier(
     generator = torch.Generator().manual_seed(config.seed)
     head: Any = model.score
     spread = 1 / math.sqrt(head.weight.shape[1] + 1)
+    if config.head_only:
+        head.float()  # it reads states in float32, and in 16 bits most of its updates would round to nothing
     head.weight.data.copy_(torch.normal(0.0, spread, head.weight.shape, generator=generator))
     return Start(model) if config.peft is None else adapt(model, path, config, TaskType.SEQ_CLS, checkpoints)
 
@@ -168,8 +169,8 @@ def train_fold(
     args = build_args(config, folder)
     args.save_strategy, args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     args.load_best_model_at_end = False
-    with tempfile.TemporaryDirectory() as initial:
-        start = load_classifier(config, context, tokenizer, Path(initial))
+    folder.mkdir(parents=True, exist_ok=True)
+    start = load_classifier(config, context, tokenizer, folder)
     with in_place_of_trunk(start.model, frozen):
         trainer = make_trainer(start, tokenizer, args, seen, None)
         trainer.remove_callback(PrinterCallback)

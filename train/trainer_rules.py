@@ -50,9 +50,7 @@ def contradictions(config: TrainingStageConfig, where: str) -> list[Problem]:
         message = "the only complete checkpoint would be deleted before its successor is complete"
         found.append(("save_total_limit", message, "use 2 or more"))
     one_row_each = isinstance(config, (SftConfig, PretrainConfig))
-    if block.get("train_sampling_strategy") == "group_by_length" and not (
-        one_row_each or isinstance(config, KtoConfig)
-    ):
+    if block.get("train_sampling_strategy") == "group_by_length" and not one_row_each:
         message = "rows of this stage have no length of their own that they could be grouped by"
         found.append(("train_sampling_strategy", message, "remove it"))
     if one_row_each:
@@ -155,7 +153,7 @@ def _kto(block: dict[str, Any]) -> list[Rule]:
     if block.get("loss_type", "kto") == "apo_zero_unpaired":
         return []
     found = []
-    if block.get("train_sampling_strategy", "sequential") != "sequential":
+    if block.get("train_sampling_strategy", "sequential") not in ("sequential", "group_by_length"):
         message = "the KL term pairs each answer with its neighbour's prompt in a fixed order"
         found.append(("train_sampling_strategy", message, "remove it; rows are shuffled with the seed"))
     if block.get("per_device_train_batch_size", 8) < 2:

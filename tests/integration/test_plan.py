@@ -118,6 +118,14 @@ def test_the_tiny_pipeline_is_planned_on_a_fresh_clone(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_reward_model_whose_architecture_names_no_pad_token(tmp_path: Path) -> None:
+    path = write_stage(tmp_path, "reward", {"model": "Qwen/Qwen2.5-0.5B", "data": "runs/none", "peft": {}})
+    done = command("plan", path, "--gpu", "H100", "--gpus", "1", "--strategy", "single", "--json")
+    assert done.exit_code == 0, done.output
+    [stage] = json.loads(done.stdout)["stages"]
+    assert stage["total"] > 1e9
+
+
 LARGE = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -14,6 +14,7 @@ import pytest
 import torch
 import trl
 from pydantic import ValidationError
+from safetensors.torch import load_file
 
 from posttrain.calibration import calibration_report, fit_temperature, out_of_fold_temperature
 from posttrain.errors import DataError, UserError
@@ -186,6 +187,29 @@ def test_a_head_alone_is_trained_as_on_a_frozen_model(
     given = load_causal_lm(tiny_model_dir).model.state_dict()
     assert all(torch.equal(value, given[name]) for name, value in saved.model.state_dict().items())
     assert metrics["train_pairs"] == len(pairs)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_head_alone_on_sixteen_bit_weights(bf16, run_stage, tmp_path, tiny_model_dir, preference_data):
+    trainer = {"max_steps": 2, "learning_rate": 1e-3, "bf16": bf16}
+    fields = {"model": tiny_model_dir, "data": preference_data, "dtype": "bfloat16", "trainer": trainer}
+    run_stage("reward", tmp_path / "run", **fields, **HEAD_ONLY)
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert saved["score.weight"].dtype == torch.float32
+    assert saved["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_the_head_beside_an_adapter_is_trained_in_float32(
+    run_stage, tmp_path, tiny_model_dir, preference_data
+):
+    """In bfloat16 most updates of a head round to nothing: peft's float32 is for A and B only."""
+    trainer = {"max_steps": 2, "learning_rate": 1e-3, "bf16": True}
+    fields = {"model": tiny_model_dir, "data": preference_data, "dtype": "bfloat16", "trainer": trainer}
+    run_stage("reward", tmp_path / "run", **fields, peft={"r": 4})
+    saved = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
+    [head] = [tensor for name, tensor in saved.items() if "score" in name]
+    assert head.dtype == torch.float32
+    assert not torch.equal(head, head.bfloat16().float())
 
 
 def test_a_head_alone_is_cross_validated_in_one_reading(

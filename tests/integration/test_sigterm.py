@@ -118,7 +118,7 @@ def test_groups_stop_where_no_answer_is_left(
 def test_folds_are_not_trained_again(stop, run_stage, tmp_path, tiny_model_dir, preference_data, sigterm_at):
     """Four steps a fold: SIGTERM in the first step of the second fold, and in its last."""
     fields = {"model": tiny_model_dir, "data": preference_data, "trainer": TRAINER | {"max_steps": 4}}
-    fields |= {"folds": 3, "peft": PEFT}
+    fields |= {"folds": 3, "peft": PEFT | {"init_lora_weights": "pissa_niter_2"}}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run_stage("reward", whole, **fields)
     sigterm_at(stop)

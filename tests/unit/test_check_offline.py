@@ -41,7 +41,10 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         raise AssertionError("the check has opened a connection")
 
     def run(*options: str, **changes: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        stages = {name: body | changes.get(name.replace("-", "_"), {}) for name, body in STAGES.items()}
+        more = {name: body for name, body in changes.items() if name.replace("_", "-") not in STAGES}
+        stages = {
+            name: body | changes.get(name.replace("-", "_"), {}) for name, body in STAGES.items()
+        } | more
         file = tmp_path / "pipe.yaml"
         file.write_text(yaml.safe_dump({"name": "demo", "stages": stages}))
         done = CliRunner().invoke(app, ["check", str(file), "--json", *options])
@@ -124,6 +127,22 @@ def test_training_goes_on_from_an_adapter_that_is_still_to_be_made(check, start)
 def test_a_full_model_where_an_adapter_is_to_go_on(check, start):
     outcome = check("--offline", dpo={"peft": {"start": start}})
     refused(outcome, "dpo.peft.start", f"{start} needs an adapter", "remove it")
+
+
+def test_a_reward_adapter_is_continued_by_a_reward_stage_alone(check):
+    again = {"stage": "reward", "model": "${stage:reward}", "data": "${stage:prefs}"}
+    go_on = {"peft": {"start": "continue"}}
+    code, report = check("--offline", again=again | go_on)
+    assert (code, report["problems"]) == (0, [])
+    assert "8,799,104 trained" in " ".join(report["notes"]["again"])
+    outcome = check("--offline", reward=go_on | {"model": "${stage:sft}"})
+    refused(outcome, "reward.peft.start", "an adapter of a reward model")
+
+
+def test_a_head_alone_needs_little_room(check):
+    code, report = check("--offline", reward={"peft": None, "head_only": True})
+    assert code == 0
+    assert "494,033,664 parameters, 896 trained" in " ".join(report["notes"]["reward"])
 
 
 def merging(*references: str, **more: Any) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from train.concatenate import concatenate, read_part, save_concatenated, saved_parameters
+from train.concatenate import MATRIX, concatenate, read_part, save_concatenated, saved_parameters
 
 
 class Net(nn.Module):
@@ -96,3 +97,17 @@ def test_what_is_no_lora_matrix_is_that_of_the_first(tmp_path):
 def test_counts_what_is_saved(tmp_path):
     adapter(tmp_path / "a", 1, r=2, target_modules=["up"])
     assert saved_parameters(tmp_path / "a") == 2 * (2 * 6 + 8 * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "adds_up"),
+    [
+        ("base_model.model.model.layers.0.q_proj.lora_A.weight", True),
+        ("base_model.model.model.embed_tokens.lora_embedding_B", True),
+        ("base_model.model.model.layers.0.q_proj.lora_B.bias", False),
+        ("base_model.model.model.layers.0.q_proj.lora_magnitude_vector", False),
+        ("base_model.model.score.weight", False),
+    ],
+)
+def test_a_bias_of_b_is_no_matrix(name, adds_up):
+    assert bool(MATRIX.search(name)) == adds_up

@@ -147,6 +147,12 @@ def test_what_posttrain_sets_itself_is_refused_with_a_remedy(name):
         ("kto", {"per_device_train_batch_size": 1}, "another answer"),
         ("reward", {"train_sampling_strategy": "group_by_length"}, "length of their own"),
         ("grpo", {"train_sampling_strategy": "group_by_length"}, "length of their own"),
+        ("kto", {"train_sampling_strategy": "group_by_length"}, "length of their own"),
+        (
+            "kto",
+            {"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "group_by_length"},
+            "length of their own",
+        ),
         ("orpo", {"generate_during_eval": True}, "trackers"),
         ("grpo", {"sync_ref_model": True, "beta": 0.1}, "LoRA"),
         ("grpo", {"loss_type": "dapoo"}, "not a valid value"),

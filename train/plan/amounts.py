@@ -158,7 +158,7 @@ def _trl_work(
         rows = None if rows is None else rows * args.num_generations
     elif request.packed and rows is not None:
         rows = max(int(rows * lengths.mean // args.max_length), 1)
-    elif isinstance(config, KtoConfig) and rows is not None:
+    elif isinstance(config, KtoConfig) and rows is not None and lengths.paired:
         rows *= 2
     trainer = config.trainer | {
         "per_device_train_batch_size": batch,

@@ -53,7 +53,7 @@ def plan(
     trained = [_portable(_with_method(block, method)) for block in blocks if is_trained(block.config)]
     if not trained:
         raise UserError(f"{path}: has no training stage, so there is nothing to plan")
-    problems = [problem for block in trained for problem in block.check()]
+    problems = [problem for block in trained for problem in block.check() if not problem.here]
     if problems:
         raise ConfigError(problems)
     device = find_gpu(gpu, _arithmetic(trained))
@@ -100,6 +100,7 @@ def _portable(block: StageBlock) -> StageBlock:
     if not isinstance(config, TrainingStageConfig):
         return block
     trainer = {name: value for name, value in config.trainer.items() if name not in SHARDING}
+    trainer.pop("tf32", None)
     if trainer.pop("fp16", False):
         trainer["bf16"] = True
     return replace(block, config=config.model_copy(update={"trainer": trainer}))

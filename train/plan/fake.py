@@ -44,6 +44,9 @@ def build(
     model: Any = skeleton(copy.deepcopy(config), task, "model", findings)
     if model is None:
         raise UserError(findings.problems[0].message)
+    text = model.config.get_text_config()
+    if task == TaskType.SEQ_CLS and text.pad_token_id is None:
+        text.pad_token_id = 0  # the reward stage takes the tokenizer's
     if attention is not None:
         model.config.get_text_config()._attn_implementation = attention
     return model.to(dtype)

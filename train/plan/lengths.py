@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from data_prep.dataset import read_kind
 from data_prep.records import Kind
 from posttrain.errors import UserError
 from posttrain.models import load_chat_tokenizer
@@ -23,6 +24,7 @@ class Lengths:
     """rows: of the train split, None while it has yet to be made. mean, longest: tokens of a sequence (of a
     pair's longer side, of a prompt), at most the stage's limit. measured: from the rows, else both are that
     limit. note: why they are not measured. labels: of each row of sft, its tokens that carry loss.
+    paired: whether a row of kto is a pair, which gives two.
     """
 
     rows: int | None
@@ -31,6 +33,7 @@ class Lengths:
     measured: bool
     note: str = ""
     labels: tuple[int, ...] = ()
+    paired: bool = True
 
     def labelled(self, rows: int, limit: int) -> int | None:
         """Tokens with a label in the micro-batch of `rows` sequences that has the most; None: not measured.
@@ -44,6 +47,7 @@ class Lengths:
         return times * sum(most) + sum(most[:rest])
 
 
+UNPAIRED: Kind = "unpaired_preference"
 KINDS: dict[str, Kind] = {
     "sft": "conversation",
     "pretrain": "text",
@@ -77,13 +81,16 @@ def read_lengths(
     directory = Path(data).expanduser()
     if not (directory / "train.parquet").is_file():
         return Lengths(None, limit, limit, False, f"data {data} is not made yet")
-    samples = read_samples(directory, KINDS[kind], seed, Findings(), splits=("train",))
+    unpaired = kind == "kto" and read_kind(directory) == UNPAIRED
+    wanted: Kind = UNPAIRED if unpaired else KINDS[kind]
+    samples = read_samples(directory, wanted, seed, Findings(), splits=("train",))
     if not samples:
-        return Lengths(None, limit, limit, False, f"data {data} cannot be read as {KINDS[kind]}")
+        return Lengths(None, limit, limit, False, f"data {data} cannot be read as {wanted}")
     [sample] = samples
     tokenizer = None if model is None else _tokenizer(model)
     if tokenizer is None:
-        return Lengths(sample.total, limit, limit, False, "no tokenizer to count tokens with yet")
+        note = "no tokenizer to count tokens with yet"
+        return Lengths(sample.total, limit, limit, False, note, paired=not unpaired)
     try:
         every = count_tokens(kind, tokenizer, sample.rows)
     except (UserError, TemplateError) as error:
@@ -94,7 +101,7 @@ def read_lengths(
     counts = [min(count, limit) for count in counts]
     mean, longest = sum(counts) / len(counts), max(counts)
     if kind != "sft":
-        return Lengths(sample.total, mean, longest, True)
+        return Lengths(sample.total, mean, longest, True, paired=not unpaired)
     labels = count_labels(tokenizer, sample.rows) if assistant_only else counts
     return Lengths(sample.total, mean, longest, True, labels=tuple(labels))
 
@@ -118,6 +125,8 @@ def count_tokens(kind: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[
     if KINDS[kind] == "prompt":
         ids, _ = encode_prompts(_column(rows, "prompt"), tokenizer, 2**30)
         return [len(prompt) for prompt in ids]
+    if "completion" in rows[0]:
+        return list(map(len, render_whole(tokenizer, [row["prompt"] + row["completion"] for row in rows])))
     sides = [
         render_whole(tokenizer, [row["prompt"] + row[s] for row in rows]) for s in ("chosen", "rejected")
     ]

@@ -83,7 +83,8 @@ def _adapter(directory: Path) -> FoundModel:
     saved = PeftConfig.from_pretrained(str(directory)).to_dict()
     known = {name: saved[name] for name in ("r", "lora_alpha") if name in saved}
     if saved.get("target_modules"):
-        known["target_modules"] = sorted(saved["target_modules"])
+        names = saved["target_modules"]
+        known["target_modules"] = "all-linear" if isinstance(names, str) else sorted(names)
     return FoundModel(config, directory, PeftSettings(**known), str(base))
 
 

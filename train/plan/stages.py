@@ -63,6 +63,11 @@ def describe(block: StageBlock, stages: Stages, device: Device, devices: int) ->
         return _base(block, config, device)
     assert isinstance(config, (TrainingStageConfig, PpoStageConfig))
     model = find_model(config.model, stages)
+    if isinstance(config, RewardConfig) and config.head_only:
+        raise UserError(
+            f"{block.name}: head_only is not planned. It holds the model once, without gradients, and a step "
+            "costs next to nothing"
+        )
     if isinstance(config, PpoStageConfig):
         return _ppo(block, config, model, stages, device, devices)
     try:
@@ -88,6 +93,8 @@ def describe(block: StageBlock, stages: Stages, device: Device, devices: int) ->
         rewards = _reward_models(config, stages, ())
         request = _online_request(request, config, args, lengths, rewards)
     notes = [*model.notes, *([lengths.note] if lengths.note else [])]
+    if isinstance(config, RewardConfig) and config.folds:
+        notes.append(f"the {config.folds} folds, each about as long as the run itself, are not counted")
     optimizer = OptimizerNames(args.optim).value
     if optimizer not in ("adamw_torch", "adamw_torch_fused"):
         notes.append(f"optim {optimizer} is counted as AdamW with two float32 moments")

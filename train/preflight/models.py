@@ -112,6 +112,14 @@ def measure(model: nn.Module, peft: PeftSettings | LoraConfig | None, task: Task
     return Size(sum(p.numel() for p in adapted.parameters() if p.requires_grad), total, False)
 
 
+def head_alone(model: nn.Module) -> Size:
+    """Of a reward model whose score head alone is trained; the model is saved in full."""
+    total = sum(p.numel() for p in model.parameters())
+    return Size(
+        sum(p.numel() for name, p in model.named_parameters() if name.startswith("score.")), total, True
+    )
+
+
 def check_length(config: PreTrainedConfig, asked: int | None, findings: Findings) -> int | None:
     """The longest row in tokens; None, with a problem, where more is asked for than the model can read."""
     try:

@@ -23,7 +23,7 @@ from train.peft_setup import quiet_libraries
 from train.ppo.config import PpoStageConfig
 from train.preflight.disk import disk_room, gigabytes
 from train.preflight.lora import check_lora
-from train.preflight.models import Size, check_length, measure, skeleton
+from train.preflight.models import Size, check_length, head_alone, measure, skeleton
 from train.preflight.ppo import check_policy_length, lengths, reward_fields
 from train.prompts import check_positions
 
@@ -69,7 +69,14 @@ def is_classifier(outline: Outline) -> bool:
 
 def _check_start(config: Trained, model: Outline, findings: Findings) -> None:
     """The model to start from is a language model, and no adapter where one cannot be built on."""
-    if is_classifier(model):
+    if isinstance(config, RewardConfig) and config.peft is not None and config.peft.start == "continue":
+        if not (is_classifier(model) and is_adapter(model)):
+            findings.fail(
+                "peft.start",
+                f"continue needs an adapter of a reward model, which {model.ref} will not be",
+                "name the run of a reward stage with `peft`, or remove it to train a new adapter",
+            )
+    elif is_classifier(model):
         findings.fail(
             "model",
             f"{model.ref} is a reward model, which no stage trains on",
@@ -119,7 +126,8 @@ def _check_model(config: Trained, outline: Outline, findings: Findings) -> None:
         check_policy_length(config, model_config, findings)
     else:
         check_length(model_config, config.trainer.get("max_length"), findings)
-    name, size, found = _build(outline.config, task, _trained_adapter(config, outline))
+    head_only = isinstance(config, RewardConfig) and config.head_only
+    name, size, found = _build(outline.config, task, _trained_adapter(config, outline), head_only)
     findings.add(found)
     if size is None:
         return
@@ -158,7 +166,9 @@ def _read(outline: Outline) -> PreTrainedConfig | None:
 
 
 @lru_cache(maxsize=32)
-def _build(config: Path, task: TaskType, peft: str | None) -> tuple[str, Size | None, Findings]:
+def _build(
+    config: Path, task: TaskType, peft: str | None, head_only: bool
+) -> tuple[str, Size | None, Findings]:
     """Class and size of a model under these LoRA settings (JSON), and what is wrong with them; once for all
     the stages of a pipeline that say the same.
     """
@@ -167,6 +177,8 @@ def _build(config: Path, task: TaskType, peft: str | None) -> tuple[str, Size | 
     if model is None:
         return "", None, findings
     name = type(model).__name__
+    if head_only:
+        return name, head_alone(model), findings
     if peft is None:
         return name, measure(model, None, task), findings
     return name, check_lora(PeftSettings.model_validate_json(peft), model, task, findings), findings

@@ -13,12 +13,12 @@ from posttrain.errors import UserError
 from posttrain.preflight import Findings
 from train.adapters import check_start, has_reference, refuse_adapter
 from train.concatenate import saved_parameters
-from train.config import TrainingStageConfig
+from train.config import RewardConfig, TrainingStageConfig
 from train.online_config import OnlineConfig
 from train.preflight.disk import check_disk
 from train.preflight.lora import check_lora
 from train.preflight.machine import check_precision, check_processes, this_device
-from train.preflight.models import Size, measure, read_config, skeleton
+from train.preflight.models import Size, head_alone, measure, read_config, skeleton
 from train.preflight.rows import Sample
 from train.quantized import require_bitsandbytes
 
@@ -76,6 +76,8 @@ def _size(
     config: TrainingStageConfig, task: TaskType, path: Path, model: nn.Module, findings: Findings
 ) -> Size | None:
     """What is trained and what is saved; None, with problems, where peft does not fit the model."""
+    if isinstance(config, RewardConfig) and config.head_only:
+        return head_alone(model)
     if config.peft is None:
         return measure(model, None, task)
     if config.peft.start == "continue":
