@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.context import StageContext
 from posttrain.errors import PosttrainError
 from posttrain.models import load_tokenizer
-from posttrain.rundir import STAGING_PREFIX, atomic_write_text
+from posttrain.rundir import STAGING_PREFIX
 from serving.adapters import check_adapters, write_adapters
 from serving.columns import compare_columns, explain, table, tie_margin
 from serving.config import ExportConfig
@@ -50,6 +50,7 @@ from serving.repository import (
     read_export,
     read_index,
     weights_dir,
+    write_config,
     write_index,
 )
 from serving.targets import Layout, write_target
@@ -73,7 +74,7 @@ def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
         onnx = manifest["onnx"]
         scores = (onnx["output"], onnx["size"]) if onnx else None
         layout = Layout(config, same, manifest["max_model_len"], manifest["max_lora_rank"], scores)
-        write_config(model_dir, layout)
+        write_config(model_dir, layout.config_pbtxt())
         write_index(context.run_dir, index["versions"])
         context.console.print(f"version {same} of {config.name} has this content already", highlight=False)
     else:
@@ -81,9 +82,7 @@ def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
         with _staging(context.run_dir) as staged:
             layout, details = write_version(config, context, staged, version)
             manifest = describe_export(config, context, layout, details | {"content": content}, staged)
-            model_dir.mkdir(parents=True, exist_ok=True)
-            write_config(model_dir, layout)
-            manifest = publish(context.run_dir, staged, version, manifest, index)
+            manifest = publish(context.run_dir, staged, version, manifest, index, layout.config_pbtxt())
     with context.staging("deploy") as folder:
         write_deployment(folder, layout)
         make_readable(folder)
@@ -200,15 +199,6 @@ def _compare_golden(
             )
         identical, largest = min(identical, compared.identical), max(largest, delta)
     return identical, largest
-
-
-def write_config(model_dir: Path, layout: Layout) -> None:
-    """config.pbtxt, where the target has one; it is shared by all versions."""
-    text = layout.config_pbtxt()
-    if text is not None:
-        atomic_write_text(model_dir / "config.pbtxt", text)
-    for folder in (model_dir, model_dir.parent):
-        folder.chmod(0o755)
 
 
 @contextmanager

@@ -77,6 +77,38 @@ def test_the_same_content_is_no_new_version(tmp_path, two_versions, tiny_model_d
     assert list(read_index(run_dir)["versions"]) == ["2"], "a removed version is no longer listed"
 
 
+def test_a_rerun_that_adds_nothing_leaves_config_pbtxt_untouched(tmp_path, two_versions, tiny_model_dir):
+    run_dir = tmp_path / "export"
+    shutil.copytree(two_versions[0], run_dir)
+    file = run_dir / "model_repository" / "desk" / "config.pbtxt"
+    before = file.stat()
+    config = ExportConfig(**FIELDS, model=str(tiny_model_dir), max_model_len=128, num_versions=2)
+    execute_stage("export", config, run_dir, force=True)
+    assert list(read_index(run_dir)["versions"]) == ["1", "2"]
+    after = file.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_an_export_interrupted_after_the_move_leaves_the_listed_versions_valid(
+    tmp_path, two_versions, tiny_model_dir, monkeypatch
+):
+    run_dir = tmp_path / "export"
+    shutil.copytree(two_versions[0], run_dir)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.repository.fsync_path", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _export(run_dir, tiny_model_dir, max_model_len=64, max_output_tokens=8)
+    assert (run_dir / "model_repository" / "desk" / "3").is_dir()
+    assert read_export(run_dir)["version"] == "2"
+    assert read_export(run_dir, "1")["version"] == "1"
+    done = _export(run_dir, tiny_model_dir, max_model_len=64, max_output_tokens=8)
+    assert done.manifest["metrics"]["version"] == 4
+
+
 def test_a_damaged_newest_version_is_replaced_by_a_new_one(tmp_path, two_versions, tiny_model_dir):
     run_dir = tmp_path / "export"
     shutil.copytree(two_versions[0], run_dir)
