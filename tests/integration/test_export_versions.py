@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,24 @@ def test_adapters_stand_beside_their_plain_base(several, adapters, tiny_model_di
     assert set(manifest["adapters"]) == set(adapters)
     assert len({entry["content_hash"] for entry in manifest["adapters"].values()}) == 2
     assert str(tiny_model_dir) not in (folder / "adapters" / "brief" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapter", "served adapters"])
+def test_golden_answers_hold_one_model_at_a_time(tmp_path, tiny_model_dir, adapters, monkeypatch, kind):
+    loaded: list[weakref.ref] = []
+
+    def load_alone(path, **options):
+        gc.collect()
+        assert not [model for model in loaded if model() is not None], "the one before is still referenced"
+        model = load_causal_lm(path, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("serving.golden.load_causal_lm", load_alone)
+    model = adapters["formal"] if kind == "adapter" else tiny_model_dir
+    names = {name: str(path) for name, path in adapters.items()} if kind == "served adapters" else {}
+    _export(tmp_path / "export", model, adapters=names)
+    assert len(loaded) == 2 + 2 * len(names)
 
 
 def test_the_golden_set_has_every_adapter_and_the_base(several, adapters):
