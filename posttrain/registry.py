@@ -184,7 +184,7 @@ STAGES: dict[str, StageSpec] = {
             "serving.export:run",
             "Write a Triton model repository.",
             check="serving.config:check_export",
-            version=2,
+            version=3,
             keep=("model_repository", "export.json"),
         ),
         _spec(

@@ -68,7 +68,9 @@ class ExportConfig(StageConfig):
     )
     golden_tokens: int = Field(48, ge=1, description="Longest golden answer, in tokens.")
     image: str | None = Field(
-        None, description="Container image in the deployment files; default: that of the target."
+        None,
+        description="Container image in the deployment files, or what their Dockerfile builds on; default: "
+        "that of the target.",
     )
 
 

@@ -9,6 +9,7 @@ They are rendered, not run: where an export is made there need be neither Docker
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ IMAGES = {
 }
 LLMAPI = "triton_backend/all_models/llmapi/tensorrt_llm"
 DEFAULT_MOUNT = "/models"
+_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
+_LONGEST_NAME = 63
 
 
 def write_deployment(folder: Path, layout: Layout) -> None:
@@ -47,8 +50,13 @@ def write_deployment(folder: Path, layout: Layout) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
+def is_built(layout: Layout) -> bool:
+    """Whether the image of the target lacks what the model needs, so that one with it is built."""
+    return layout.config.target in ("triton-python", "triton-trtllm")
+
+
 def image_of(layout: Layout) -> str:
-    """The container image: the configured one, or the target's."""
+    """The container image, or what one is built from: the configured one, or the target's."""
     return layout.config.image or IMAGES[layout.config.target]
 
 
@@ -58,8 +66,19 @@ def mount_of(layout: Layout) -> str:
 
 
 def resource_name(layout: Layout) -> str:
-    """The model's name as Kubernetes and Docker take names: lower case, dashes, none at the end."""
-    return layout.config.name.lower().replace("_", "-").rstrip("-")
+    """The model's name as a Kubernetes Service and Docker take names (RFC 1035 label).
+
+    Lower case, dashes, a letter first, no dash last, at most 63 characters.
+    """
+    name = layout.config.name.lower().replace("_", "-")
+    if not name[0].isalpha():
+        name = f"m-{name}"
+    return name[:_LONGEST_NAME].rstrip("-")
+
+
+def built_tag(layout: Layout) -> str:
+    """What the Dockerfile's image is called: the model and its newest version."""
+    return f"{resource_name(layout)}:{layout.version}"
 
 
 def needs_gpu(layout: Layout) -> int:
@@ -77,11 +96,14 @@ def server_command(layout: Layout) -> list[str]:
 def dockerfile(layout: Layout) -> str:
     """An image that holds the repository; build it in RUN, with -f deploy/Dockerfile."""
     mount, name = mount_of(layout), layout.config.name
-    lines = [f"# docker build -f deploy/Dockerfile -t {resource_name(layout)} .", f"FROM {image_of(layout)}"]
+    lines = [f"# docker build -f deploy/Dockerfile -t {built_tag(layout)} .", f"FROM {image_of(layout)}"]
     if layout.config.target == "triton-python":
         versions = package_versions()
-        wanted = [f"{package}=={versions[package]}" for package in ("torch", "transformers", "peft")]
-        lines.append(f"RUN pip install --no-cache-dir {' '.join(wanted)}".replace("+cpu", ""))
+        # The package index has no local versions such as 2.9.0+cpu.
+        wanted = [
+            f"{package}=={versions[package].split('+')[0]}" for package in ("torch", "transformers", "peft")
+        ]
+        lines.append(f"RUN pip install --no-cache-dir {' '.join(wanted)}")
     lines.append(f"COPY {REPOSITORY} {mount}")
     if layout.config.target == "triton-trtllm":
         # model.py, helpers.py and config.pbtxt belong to the release of TensorRT-LLM in the image.
@@ -102,14 +124,17 @@ def docker_run(layout: Layout) -> str:
     """A script that serves the repository from where it is."""
     gpus = "--gpus all " if layout.config.target == "vllm" or needs_gpu(layout) else ""
     vllm = layout.config.target == "vllm"
-    ports = "-p 8000:8000" if vllm else "-p 8000:8000 -p 8001:8001 -p 8002:8002"
-    built = layout.config.target in ("triton-python", "triton-trtllm")
-    lines = ["#!/bin/sh", "# Run in the export's directory. The metrics are on port 8002."]
-    if vllm:
-        lines = ["#!/bin/sh", "# Run in the export's directory."]
-    if built:
-        # Their images lack what the model needs, so one is built that has it and the repository.
-        tag = resource_name(layout)
+    numbers = [8000] if vllm else list(_PORTS.values())
+    ports = " ".join(f"-p 127.0.0.1:{number}:{number}" for number in numbers)
+    lines = ["#!/bin/sh", "# Run in the export's directory."]
+    if not vllm:
+        lines[-1] += " The metrics are on port 8002."
+    lines += [
+        "# The server asks for no key, so only this machine reaches it. For others put posttrain gateway",
+        "# in front; to publish a port itself, take 127.0.0.1: away, in a network you trust.",
+    ]
+    if is_built(layout):
+        tag = built_tag(layout)
         lines += ["set -e", f"docker build -f deploy/Dockerfile -t {tag} ."]
         lines.append(f"exec docker run --rm {gpus}--shm-size 2g {ports} {tag}")
     else:
@@ -137,7 +162,14 @@ def vllm_arguments(layout: Layout) -> list[str]:
         arguments += [f"{name}={base}{ADAPTERS}/{name}" for name in config.adapters]
     for key, value in config.engine_args.items():
         flag = "--" + key.replace("_", "-")
-        arguments += [flag] if value is True else [flag, str(value)]
+        if value is True:
+            arguments.append(flag)
+        elif value is False:
+            arguments.append("--no-" + flag.removeprefix("--"))
+        elif isinstance(value, (dict, list)):
+            arguments += [flag, json.dumps(value)]
+        elif value is not None:
+            arguments += [flag, str(value)]
     return arguments
 
 
@@ -148,7 +180,7 @@ def vllm_serve(layout: Layout) -> str:
 
 
 def kubernetes(layout: Layout) -> list[dict[str, Any]]:
-    """A Deployment and a Service; the repository is on a volume claim of the model's name."""
+    """A Deployment and a Service; the repository is in the built image, or on a volume claim of its name."""
     name = resource_name(layout)
     labels = {"app.kubernetes.io/name": name}
     return [
@@ -194,14 +226,16 @@ def inference_service(layout: Layout) -> list[dict[str, Any]]:
     ]
 
 
-_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}
-
-
 def _pod(layout: Layout, claim: str, container: str) -> dict[str, Any]:
     def probe(path: str, failures: int) -> dict[str, Any]:
         check = {"path": path, "port": "http"}
         return {"httpGet": check, "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": failures}
 
+    built = is_built(layout)
+    mounts, volumes = [], []
+    if not built:
+        mounts = [{"name": "models", "mountPath": mount_of(layout), "readOnly": True}]
+        volumes = [{"name": "models", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}}]
     gpus = needs_gpu(layout)
     resources = {"limits": {"nvidia.com/gpu": gpus}} if gpus else {"requests": {"cpu": "2", "memory": "4Gi"}}
     return {
@@ -209,7 +243,7 @@ def _pod(layout: Layout, claim: str, container: str) -> dict[str, Any]:
         "containers": [
             {
                 "name": container,
-                "image": image_of(layout),
+                "image": built_tag(layout) if built else image_of(layout),
                 "command": server_command(layout)[:1],
                 "args": server_command(layout)[1:],
                 "ports": [{"name": port, "containerPort": number} for port, number in _PORTS.items()],
@@ -218,16 +252,10 @@ def _pod(layout: Layout, claim: str, container: str) -> dict[str, Any]:
                 "livenessProbe": probe("/v2/health/live", 6),
                 "resources": resources,
                 "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
-                "volumeMounts": [
-                    {"name": "models", "mountPath": mount_of(layout), "readOnly": True},
-                    {"name": "shm", "mountPath": "/dev/shm"},
-                ],
+                "volumeMounts": [*mounts, {"name": "shm", "mountPath": "/dev/shm"}],
             }
         ],
-        "volumes": [
-            {"name": "models", "persistentVolumeClaim": {"claimName": claim, "readOnly": True}},
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
-        ],
+        "volumes": [*volumes, {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}],
     }
 
 

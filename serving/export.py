@@ -18,22 +18,22 @@ working directory.
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from posttrain.context import StageContext
+from posttrain.errors import PosttrainError
 from posttrain.models import load_tokenizer
-from posttrain.rundir import STAGING_PREFIX, atomic_write_text
+from posttrain.rundir import STAGING_PREFIX
 from serving.adapters import check_adapters, write_adapters
 from serving.columns import compare_columns, explain, table, tie_margin
 from serving.config import ExportConfig
 from serving.deploy import write_deployment
-from serving.golden import GoldenMaker, golden_conversations, make_golden, write_golden
+from serving.golden import GoldenMaker, GoldenSet, golden_conversations, make_golden, write_golden
 from serving.manifest import adapter_behind, content_of, describe_export
 from serving.onnx_graph import export_onnx
 from serving.parity import LOGPROB_BOUNDS
@@ -50,10 +50,14 @@ from serving.repository import (
     read_export,
     read_index,
     weights_dir,
+    write_config,
     write_index,
 )
 from serving.targets import Layout, write_target
 from serving.weights import context_length, write_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["MANIFEST", "REPOSITORY", "describe_files", "read_export", "run", "weights_dir"]
 
@@ -70,7 +74,7 @@ def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
         onnx = manifest["onnx"]
         scores = (onnx["output"], onnx["size"]) if onnx else None
         layout = Layout(config, same, manifest["max_model_len"], manifest["max_lora_rank"], scores)
-        write_config(model_dir, layout)
+        write_config(model_dir, layout.config_pbtxt())
         write_index(context.run_dir, index["versions"])
         context.console.print(f"version {same} of {config.name} has this content already", highlight=False)
     else:
@@ -78,9 +82,7 @@ def run(config: ExportConfig, context: StageContext) -> dict[str, Any]:
         with _staging(context.run_dir) as staged:
             layout, details = write_version(config, context, staged, version)
             manifest = describe_export(config, context, layout, details | {"content": content}, staged)
-            model_dir.mkdir(parents=True, exist_ok=True)
-            write_config(model_dir, layout)
-            manifest = publish(context.run_dir, staged, version, manifest, index)
+            manifest = publish(context.run_dir, staged, version, manifest, index, layout.config_pbtxt())
     with context.staging("deploy") as folder:
         write_deployment(folder, layout)
         make_readable(folder)
@@ -106,7 +108,8 @@ def write_version(
     """Fill a staged version folder; what was learned on the way goes to the manifest.
 
     Raises UserError for adapters that cannot be served unmerged, too large a max_model_len, or a tokenizer
-    that would read a served prompt otherwise than training did.
+    that would read a served prompt otherwise than training did; PosttrainError when what was written does not
+    answer the golden prompts as the model does.
     """
     source = context.path("model")
     if config.target == "triton-onnx":
@@ -157,18 +160,8 @@ def _write_golden(
     maker = GoldenMaker(tokenizer, conversations, room, context)
     trained = adapter_behind(context.inputs["model"]) or source
     golden = make_golden(maker, config, trained, adapters, staged)
+    identical, largest = _compare_golden(golden, config, context, tokenizer)
     write_golden(staged, golden)
-    bound, tie = LOGPROB_BOUNDS[config.dtype], tie_margin(config.dtype)
-    identical, largest = len(golden.prompts), 0.0
-    for name, columns in golden.served.items():
-        (first, reference), (second, written) = columns.items()
-        compared = compare_columns(first, reference, second, written, tie=tie)
-        identical = min(identical, compared.identical)
-        largest = max(largest, math.inf if compared.max_logprob_delta is None else compared.max_logprob_delta)
-        lines = table(name or config.name, [compared], bound)
-        if not compared.passed(bound):
-            lines += explain(compared, reference, written, lambda token: tokenizer.decode([token]))
-        context.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
     return {
         "prompts": len(golden.prompts),
         "max_new_tokens": room,
@@ -177,13 +170,35 @@ def _write_golden(
     }
 
 
-def write_config(model_dir: Path, layout: Layout) -> None:
-    """config.pbtxt, where the target has one; it is shared by all versions."""
-    text = layout.config_pbtxt()
-    if text is not None:
-        atomic_write_text(model_dir / "config.pbtxt", text)
-    for folder in (model_dir, model_dir.parent):
-        folder.chmod(0o755)
+def _compare_golden(
+    golden: GoldenSet, config: ExportConfig, context: StageContext, tokenizer: PreTrainedTokenizerBase
+) -> tuple[int, float]:
+    """Print what was written against what was trained; the fewest identical answers, the largest difference.
+
+    Raises PosttrainError unless every comparison passes: such a version must not be served.
+    """
+    bound, tie = LOGPROB_BOUNDS[config.dtype], tie_margin(config.dtype)
+    identical, largest = len(golden.prompts), 0.0
+    for name, columns in golden.served.items():
+        (first, reference), (second, written) = columns.items()
+        compared = compare_columns(first, reference, second, written, tie=tie)
+        shown = "\n".join(table(name or config.name, [compared], bound))
+        context.console.print(shown, highlight=False, markup=False, soft_wrap=True)
+        delta = compared.max_logprob_delta
+        if delta is None or not compared.passed(bound):
+            lines = explain(compared, reference, written, lambda token: tokenizer.decode([token]))
+            if delta is None or delta > bound:
+                size = "not finite" if delta is None else f"{delta:.2g} nats"
+                lines.append(f"largest difference of a log-probability: {size}, allowed is {bound:g}")
+            raise PosttrainError(
+                f"{name or config.name}: what was written ({second}) does not answer as the model does "
+                f"({first}); nothing was published\n    "
+                + "\n    ".join(lines)
+                + ("" if config.dtype == "float32" else "\n    dtype: float32 rounds least")
+                + "\n    golden_prompts: 0 publishes a version without this comparison"
+            )
+        identical, largest = min(identical, compared.identical), max(largest, delta)
+    return identical, largest
 
 
 @contextmanager

@@ -134,7 +134,7 @@ class GoldenMaker:
 def make_golden(
     maker: GoldenMaker, config: ExportConfig, trained: Path, adapters: dict[str, Path], written: Path
 ) -> GoldenSet:
-    """Ask the trained model and what was written.
+    """Ask the trained model and what was written; one model is in memory at a time.
 
     Args:
         trained: the model as training left it; an adapter directory is asked unmerged on its base.
@@ -149,6 +149,7 @@ def make_golden(
             served[PLAIN] = {"adapter": maker.ask(model.get_base_model(), "adapter")}
             with model.disable_adapter():
                 base = maker.ask(model.get_base_model(), "base")
+        del model
         served[PLAIN]["merged"] = maker.ask(_loaded(written / WEIGHTS, config.dtype), "merged")
     else:
         model = _loaded(trained, config.dtype)
@@ -159,9 +160,11 @@ def make_golden(
     for name, path in adapters.items():
         with unmerged(trained, path, config.dtype) as model:
             served[name] = {"adapter": maker.ask(model.get_base_model(), name)}
+        del model
         with unmerged(written / WEIGHTS, written / ADAPTERS / name, config.dtype) as model:
             merged = model.merge_and_unload(safe_merge=True)
             served[name]["merged"] = maker.ask(merged, f"{name} merged")
+        del model, merged
     return GoldenSet(config.dtype, maker.max_new_tokens, stops, maker.prompts, served, base)
 
 

@@ -37,9 +37,18 @@ class HttpClient:
                 f"(HTTP {error.code}{f': {text}' if text else ''})\n"
                 "    load it, or name another with --model and --version"
             ) from None
-        except (urllib.error.URLError, ValueError, ConnectionError, TimeoutError) as error:
+        except OSError as error:
             raise UserError(
                 f"{self.url}: no server answers there ({error})\n    start it, or correct --url"
+            ) from None
+        except (http.client.InvalidURL, ValueError) as error:
+            raise UserError(
+                f"{self.url}: is not an address ({error})\n    correct --url, for example http://127.0.0.1:8000"
+            ) from None
+        except http.client.HTTPException as error:
+            raise UserError(
+                f"{self.url}: what answers there does not speak HTTP ({error!r})\n"
+                "    --url is the server's HTTP port, by default 8000; 8001 is gRPC, for --grpc"
             ) from None
 
     def generate(self, prompt: str, sampling: dict[str, Any]) -> Generation:

@@ -39,7 +39,7 @@ def export_onnx(source: Path, version_dir: Path, seed: int) -> dict[str, Any]:
     _require_packages()
     from transformers import AutoTokenizer
 
-    model, output, calibration = loadmake_scorer(source)
+    model, output, calibration = load_scoring_model(source)
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.save_pretrained(version_dir / TOKENIZER)
     scorer = make_scorer(model, calibration)
@@ -71,7 +71,7 @@ def _require_packages() -> None:
         ) from error
 
 
-def loadmake_scorer(source: Path) -> tuple[Any, str, dict[str, Any] | None]:
+def load_scoring_model(source: Path) -> tuple[Any, str, dict[str, Any] | None]:
     """The model in float32, the name of its output, and a reward model's calibration.
 
     A model with one label and a `score` head is a reward model; any other is a classifier, read by its own

@@ -17,7 +17,7 @@ from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.hashing import hash_file
-from posttrain.rundir import atomic_write_json, fsync_path
+from posttrain.rundir import atomic_write_json, atomic_write_text, fsync_path
 
 MANIFEST = "export.json"
 REPOSITORY = "model_repository"
@@ -98,20 +98,38 @@ def find_same(export_dir: Path, index: dict[str, Any] | None, content: str) -> s
 
 
 def publish(
-    export_dir: Path, staged: Path, version: str, manifest: dict[str, Any], index: dict[str, Any] | None
+    export_dir: Path,
+    staged: Path,
+    version: str,
+    manifest: dict[str, Any],
+    index: dict[str, Any] | None,
+    config_pbtxt: str | None,
 ) -> dict[str, Any]:
     """Move a staged version into the repository, list it and return its manifest with "files" and "version".
 
-    config.pbtxt is there already where the target has one.
+    config_pbtxt: text of that file, None for a target without one. It is written after the move and directly
+    before the index, which has its sha256: an interruption before that leaves the listed versions valid.
     """
     model_dir = export_dir / REPOSITORY / manifest["name"]
+    model_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (model_dir, model_dir.parent):
+        folder.chmod(0o755)
     staged.rename(model_dir / version)
     fsync_path(model_dir)
     files = _version_files(export_dir, manifest["name"], version)
     listed = {**manifest, "version": version, "files": files}
     versions = {**(index or {}).get("versions", {}), version: listed}
+    write_config(model_dir, config_pbtxt)
     write_index(export_dir, dict(sorted(versions.items(), key=lambda item: int(item[0]))))
     return listed
+
+
+def write_config(model_dir: Path, text: str | None) -> None:
+    """config.pbtxt, which all versions share, unless it says so already: Triton reloads what is rewritten."""
+    path = model_dir / "config.pbtxt"
+    if text is None or (path.is_file() and path.read_text(encoding="utf-8") == text):
+        return
+    atomic_write_text(path, text)
 
 
 def write_index(export_dir: Path, versions: dict[str, dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.errors import UserError
+from posttrain.errors import PosttrainError, UserError
 from posttrain.hashing import hash_file
 from posttrain.inputs import resolve
 from posttrain.models import load_causal_lm, load_tokenizer
@@ -18,6 +18,7 @@ from serving.config import ExportConfig
 from serving.golden import read_golden
 from serving.parity import reference_answer
 from serving.repository import describe_files, read_export, version_dir, weights_dir
+from serving.weights import write_model
 from tests.integration.conftest import file_names
 
 REPOSITORY = {
@@ -198,6 +199,42 @@ def test_a_tokenizer_that_adds_a_token_is_exported_without_the_habit(tmp_path, t
 def test_a_refused_export_leaves_no_repository(tmp_path, tiny_model_dir):
     with pytest.raises(UserError, match="257 tokens.*max_position_embeddings is 256"):
         _export(tmp_path / "export", tiny_model_dir, max_model_len=257, max_output_tokens=8)
+    assert not (tmp_path / "export" / "model_repository").exists()
+    assert not (tmp_path / "export" / "export.json").exists()
+
+
+def test_an_export_that_answers_otherwise_is_not_published(tmp_path, tiny_model_dir, monkeypatch):
+    """The weights are damaged between being written and being compared."""
+
+    def write_damaged(config, source, weights):
+        allowed = write_model(config, source, weights)
+        model = load_causal_lm(weights)
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.roll(1, dims=0))
+        model.save_pretrained(weights)
+        return allowed
+
+    run_dir = _export(tmp_path / "export", tiny_model_dir)
+    before, index = describe_files(run_dir / "model_repository"), (run_dir / "export.json").read_text()
+    monkeypatch.setattr("serving.export.write_model", write_damaged)
+    with pytest.raises(
+        PosttrainError, match="nothing was published(.|\n)*first difference at token 0"
+    ) as caught:
+        _export(run_dir, tiny_model_dir, max_model_len=128)
+    assert caught.value.exit_code == 1
+    assert describe_files(run_dir / "model_repository") == before
+    assert (run_dir / "export.json").read_text() == index
+    assert not list(run_dir.glob(".staging-*"))
+
+
+def test_a_model_whose_answers_are_not_finite_is_not_published(tmp_path, tiny_model_dir):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    model = load_causal_lm(tmp_path / "model")
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(PosttrainError, match="log-probability: not finite"):
+        _export(tmp_path / "export", tmp_path / "model")
     assert not (tmp_path / "export" / "model_repository").exists()
     assert not (tmp_path / "export" / "export.json").exists()
 

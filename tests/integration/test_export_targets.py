@@ -142,6 +142,24 @@ def test_the_trtllm_target_has_the_layout_of_the_llm_api(export, tiny_model_dir)
     assert "/models/desk/1/" in dockerfile
 
 
+@pytest.mark.parametrize("target", ["triton-python", "triton-trtllm"])
+def test_a_built_image_is_what_the_pod_runs_and_nothing_hides_its_models(export, tiny_model_dir, target):
+    run_dir = export(target, tiny_model_dir, image="registry.local/triton:1", name="7B_chat")
+    deployment, service = _resources(run_dir, "kubernetes.yaml")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["image"] == "m-7b-chat:1"
+    assert [mount["name"] for mount in container["volumeMounts"]] == ["shm"]
+    assert [volume["name"] for volume in pod["volumes"]] == ["shm"]
+    assert service["metadata"]["name"] == "m-7b-chat"
+    dockerfile = (run_dir / "deploy" / "Dockerfile").read_text()
+    assert "-t m-7b-chat:1 ." in dockerfile.splitlines()[0]
+    assert dockerfile.splitlines()[1] == "FROM registry.local/triton:1"
+    script = (run_dir / "deploy" / "docker-run.sh").read_text()
+    assert "docker build -f deploy/Dockerfile -t m-7b-chat:1 ." in script
+    assert script.splitlines()[-1].endswith(" m-7b-chat:1")
+
+
 def test_the_vllm_target_is_a_command(export, tiny_model_dir, tmp_path):
     adapters = {"kind": str(random_adapter(tmp_path / "kind", tiny_model_dir, seed=5))}
     run_dir = export("vllm", tiny_model_dir, adapters=adapters, engine_args={"enforce_eager": True})
@@ -192,6 +210,8 @@ def test_the_docker_script_runs_the_image_with_the_repository_mounted(export, ti
     )
     given = done.stdout.splitlines()
     assert f"{run_dir}/model_repository:/models:ro" in given
+    published = [given[index + 1] for index, word in enumerate(given) if word == "-p"]
+    assert published == [f"127.0.0.1:{port}:{port}" for port in (8000, 8001, 8002)]
     assert given[-4:] == [
         "nvcr.io/nvidia/tritonserver:25.12-vllm-python-py3",
         "tritonserver",

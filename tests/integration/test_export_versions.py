@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,38 @@ def test_the_same_content_is_no_new_version(tmp_path, two_versions, tiny_model_d
     assert list(read_index(run_dir)["versions"]) == ["2"], "a removed version is no longer listed"
 
 
+def test_a_rerun_that_adds_nothing_leaves_config_pbtxt_untouched(tmp_path, two_versions, tiny_model_dir):
+    run_dir = tmp_path / "export"
+    shutil.copytree(two_versions[0], run_dir)
+    file = run_dir / "model_repository" / "desk" / "config.pbtxt"
+    before = file.stat()
+    config = ExportConfig(**FIELDS, model=str(tiny_model_dir), max_model_len=128, num_versions=2)
+    execute_stage("export", config, run_dir, force=True)
+    assert list(read_index(run_dir)["versions"]) == ["1", "2"]
+    after = file.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_an_export_interrupted_after_the_move_leaves_the_listed_versions_valid(
+    tmp_path, two_versions, tiny_model_dir, monkeypatch
+):
+    run_dir = tmp_path / "export"
+    shutil.copytree(two_versions[0], run_dir)
+
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("serving.repository.fsync_path", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            _export(run_dir, tiny_model_dir, max_model_len=64, max_output_tokens=8)
+    assert (run_dir / "model_repository" / "desk" / "3").is_dir()
+    assert read_export(run_dir)["version"] == "2"
+    assert read_export(run_dir, "1")["version"] == "1"
+    done = _export(run_dir, tiny_model_dir, max_model_len=64, max_output_tokens=8)
+    assert done.manifest["metrics"]["version"] == 4
+
+
 def test_a_damaged_newest_version_is_replaced_by_a_new_one(tmp_path, two_versions, tiny_model_dir):
     run_dir = tmp_path / "export"
     shutil.copytree(two_versions[0], run_dir)
@@ -145,6 +179,24 @@ def test_adapters_stand_beside_their_plain_base(several, adapters, tiny_model_di
     assert set(manifest["adapters"]) == set(adapters)
     assert len({entry["content_hash"] for entry in manifest["adapters"].values()}) == 2
     assert str(tiny_model_dir) not in (folder / "adapters" / "brief" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapter", "served adapters"])
+def test_golden_answers_hold_one_model_at_a_time(tmp_path, tiny_model_dir, adapters, monkeypatch, kind):
+    loaded: list[weakref.ref] = []
+
+    def load_alone(path, **options):
+        gc.collect()
+        assert not [model for model in loaded if model() is not None], "the one before is still referenced"
+        model = load_causal_lm(path, **options)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("serving.golden.load_causal_lm", load_alone)
+    model = adapters["formal"] if kind == "adapter" else tiny_model_dir
+    names = {name: str(path) for name, path in adapters.items()} if kind == "served adapters" else {}
+    _export(tmp_path / "export", model, adapters=names)
+    assert len(loaded) == 2 + 2 * len(names)
 
 
 def test_the_golden_set_has_every_adapter_and_the_base(several, adapters):
