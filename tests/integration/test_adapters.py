@@ -115,7 +115,13 @@ def saved_config(run_dir: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("start", ["continue", "stack"])
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("sft", "dpo", "grpo") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in STAGES
+    ],
+)
 def test_starts_from_an_adapter(kind, start, trained, sft_run, tiny_model_dir):
     """What is saved is what was trained, on the base model on disk; the reference is the adapter given."""
     run = trained(kind, model=sft_run, peft={"r": 4, "start": start})

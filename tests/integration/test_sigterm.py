@@ -65,8 +65,11 @@ def checkpoints(run_dir: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("kind", "stop"),
-    [(kind, 5) for kind in ("sft", "pretrain", "reward", "dpo", "kto", "orpo", "cpo")]
-    + [("sft", 4), ("sft", 6), ("sft", 10)],
+    [("sft", 5), ("reward", 5), ("dpo", 5), ("sft", 10)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [(kind, 5) for kind in ("pretrain", "kto", "orpo", "cpo")] + [("sft", 4), ("sft", 6)]
+    ],
 )
 def test_goes_on_to_the_same_end(kind, stop, run_stage, tmp_path, tiny_model_dir, data_of, sigterm_at):
     fields = {"model": tiny_model_dir, "data": data_of(kind), "trainer": TRAINER, "peft": PEFT}
@@ -82,7 +85,7 @@ def test_goes_on_to_the_same_end(kind, stop, run_stage, tmp_path, tiny_model_dir
     assert_same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("stop", [6, 8])
+@pytest.mark.parametrize("stop", [pytest.param(6, marks=pytest.mark.slow), 8])
 def test_what_an_epoch_ends_with_is_done_once(
     stop, run_stage, tmp_path, tiny_model_dir, conversation_data, sigterm_at
 ):
@@ -98,7 +101,7 @@ def test_what_an_epoch_ends_with_is_done_once(
     assert_same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["grpo", pytest.param("rloo", marks=pytest.mark.slow)])
 def test_groups_stop_where_no_answer_is_left(
     kind, run_stage, tmp_path, tiny_model_dir, tiny_reward_dir, prompt_data, sigterm_at
 ):
@@ -114,7 +117,7 @@ def test_groups_stop_where_no_answer_is_left(
     assert_same_run(whole, stopped)
 
 
-@pytest.mark.parametrize("stop", [5, 8])
+@pytest.mark.parametrize("stop", [pytest.param(5, marks=pytest.mark.slow), 8])
 def test_folds_are_not_trained_again(stop, run_stage, tmp_path, tiny_model_dir, preference_data, sigterm_at):
     """Four steps a fold: SIGTERM in the first step of the second fold, and in its last."""
     fields = {"model": tiny_model_dir, "data": preference_data, "trainer": TRAINER | {"max_steps": 4}}
