@@ -188,7 +188,11 @@ def test_stacks_adapters_of_other_shapes(peft, trained, sft_run):
 
 @pytest.mark.parametrize(
     ("kind", "init"),
-    [("sft", "pissa_niter_4"), ("dpo", "pissa"), ("rloo", "olora")],
+    [
+        ("sft", "pissa_niter_4"),
+        ("dpo", "pissa"),
+        pytest.param("rloo", "olora", marks=pytest.mark.slow),
+    ],
 )
 def test_what_took_something_out_of_the_base_is_saved_as_lora_on_the_base(
     kind, init, trained, tiny_model_dir
@@ -236,7 +240,7 @@ def test_pissa_keeps_modules_that_are_trained_in_full(start, trained, tiny_model
     [
         ("sft", {"init_lora_weights": "pissa_niter_2", "loraplus_lr_ratio": 4.0}),
         ("dpo", {"start": "continue", "loraplus_lr_ratio": 4.0}),
-        ("kto", {"start": "stack", "init_lora_weights": "olora"}),
+        pytest.param("kto", {"start": "stack", "init_lora_weights": "olora"}, marks=pytest.mark.slow),
         ("reward", {"init_lora_weights": "pissa", "loraplus_lr_ratio": 4.0}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),

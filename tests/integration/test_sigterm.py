@@ -137,6 +137,7 @@ def test_folds_are_not_trained_again(stop, run_stage, tmp_path, tiny_model_dir, 
     ]
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_75_and_again_with_0(
     run_stage, tmp_path, tiny_model_dir, tiny_reward_dir, prompt_data
 ):
