@@ -12,12 +12,9 @@ from rich.console import Console
 
 from posttrain.errors import ConfigError, PreflightError, Problem
 from posttrain.offline import review_offline
-from posttrain.pipeline import load_pipeline
+from posttrain.pipeline import read_blocks
 from posttrain.preflight import Review, review
 from posttrain.preflight_report import print_findings
-from posttrain.registry import stage_spec
-from posttrain.stage_file import StageBlock, load_stage_file
-from posttrain.yaml_source import load_yaml
 
 
 @dataclass(frozen=True)
@@ -73,11 +70,3 @@ def check_file(path: Path, overrides: Sequence[str] = (), *, offline: bool = Fal
         return Checked(path, [], error.problems, error)
     reviews = review_offline(blocks) if offline else review(blocks)
     return Checked(path, reviews, [problem for found in reviews for problem in found.findings.problems])
-
-
-def read_blocks(path: Path, overrides: Sequence[str] = ()) -> list[StageBlock]:
-    """The stages of a file in order of execution. Raises ConfigError."""
-    data = load_yaml(path, overrides)
-    if "stage" not in data or "stages" in data:
-        return list(load_pipeline(path, overrides).stages.values())
-    return [load_stage_file(stage_spec(str(data["stage"])).name, path, overrides)]

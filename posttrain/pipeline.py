@@ -23,10 +23,10 @@ from pydantic import Field, field_validator
 
 from posttrain.config import StrictModel
 from posttrain.errors import ConfigError, Problem, UserError
-from posttrain.registry import STAGES, unknown_stage
-from posttrain.stage_file import StageBlock, parse_config
+from posttrain.registry import STAGES, stage_spec, unknown_stage
+from posttrain.stage_file import StageBlock, load_stage_file, parse_config
 from posttrain.validation import validate
-from posttrain.yaml_source import Document, KeyPath, load_document, pipeline_directory
+from posttrain.yaml_source import Document, KeyPath, load_document, load_yaml, pipeline_directory
 
 _NAME = re.compile(r"^[A-Za-z0-9][\w.-]*$")
 
@@ -228,3 +228,11 @@ def _ancestors(name: str, depends: dict[str, list[str]]) -> set[str]:
             found.add(other)
             waiting += depends[other]
     return found
+
+
+def read_blocks(path: Path, overrides: Sequence[str] = ()) -> list[StageBlock]:
+    """The stages of a pipeline in order of execution, or the one of a stage file. Raises ConfigError."""
+    data = load_yaml(path, overrides)
+    if "stage" not in data or "stages" in data:
+        return list(load_pipeline(path, overrides).stages.values())
+    return [load_stage_file(stage_spec(str(data["stage"])).name, path, overrides)]

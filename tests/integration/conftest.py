@@ -14,6 +14,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from posttrain.errors import UserError
+from serving.embedded import find_environment
+
 CONFIGS = {
     "pretrain": "train.config:PretrainConfig",
     "sft": "train.config:SftConfig",
@@ -224,3 +227,34 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (ppo, trained):
         monkeypatch.setattr(module, "this_device", lambda: Device("cuda", "Tesla T4", False, 1))
+
+
+def triton_environment() -> Path | None:
+    """Where tritonserver is; None where it was not installed."""
+    try:
+        return find_environment(str(Path(__file__).parents[2] / ".venv-triton"))
+    except UserError:
+        return None
+
+
+@pytest.fixture(scope="session")
+def ending_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The tiny model with EOS where its greedy answers come upon it: two rows of its head swapped."""
+    import torch
+
+    from posttrain.models import load_causal_lm, load_tokenizer
+    from serving.parity import reference_answer
+
+    directory = tmp_path_factory.mktemp("ending") / "model"
+    shutil.copytree(tiny_model_dir, directory)
+    model, tokenizer = load_causal_lm(directory), load_tokenizer(directory)
+    answers = [
+        reference_answer(model, tokenizer, [{"role": "user", "content": f"K{i}?"}], 24).ids for i in range(8)
+    ]
+    late = [token for ids in answers for token in ids[6:]]
+    chosen = max(set(late), key=late.count)
+    with torch.no_grad():
+        rows = model.lm_head.weight
+        rows[[tokenizer.eos_token_id, chosen]] = rows[[chosen, tokenizer.eos_token_id]]
+    model.save_pretrained(directory)
+    return directory

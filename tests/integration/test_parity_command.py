@@ -12,50 +12,29 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from posttrain.errors import UserError
-from posttrain.models import load_causal_lm, load_tokenizer
+from posttrain.models import load_causal_lm
 from posttrain.stage import execute_stage
 from serving.client import import_grpc
 from serving.config import ExportConfig
-from serving.embedded import EmbeddedServer, find_environment
-from serving.parity import reference_answer
+from serving.embedded import EmbeddedServer
 from serving.repository import describe_files, read_export, read_index, version_dir, weights_dir, write_index
 from tests.conftest import random_adapter
-from tests.integration.conftest import command
+from tests.integration.conftest import command, triton_environment
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = ("formal", "brief")
 
 
-def _environment() -> Path | None:
-    try:
-        return find_environment(str(ROOT / ".venv-triton"))
-    except UserError:
-        return None
-
-
-ENVIRONMENT = _environment()
+ENVIRONMENT = triton_environment()
 pytestmark = pytest.mark.skipif(
     ENVIRONMENT is None, reason="no Triton environment; make one with `make triton-env`"
 )
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_model_dir):
-    """The tiny model with EOS where greedy answers come upon it: two rows of the output matrix swapped."""
-    directory = tmp_path_factory.mktemp("base") / "model"
-    shutil.copytree(tiny_model_dir, directory)
-    model, tokenizer = load_causal_lm(directory), load_tokenizer(directory)
-    questions = [[{"role": "user", "content": f"K{i}?"}] for i in range(8)]
-    late = [token for q in questions for token in reference_answer(model, tokenizer, q, 24).ids[6:]]
-    chosen = max(set(late), key=late.count)
-    with torch.no_grad():
-        rows = model.lm_head.weight
-        rows[[tokenizer.eos_token_id, chosen]] = rows[[chosen, tokenizer.eos_token_id]]
-    model.save_pretrained(directory)
-    return directory
+def base(ending_model_dir):
+    return ending_model_dir
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.errors import PosttrainError, UserError
+from posttrain.errors import PosttrainError
 from posttrain.models import load_causal_lm, load_tokenizer
 from posttrain.stage import execute_stage
 from serving.client import RequestFailedError, TritonClient, import_grpc, post_json
 from serving.config import ExportConfig, ServeConfig
-from serving.embedded import EmbeddedServer, find_environment
+from serving.embedded import EmbeddedServer
 from serving.parity import compare_all, reference_answer, render
 from serving.prompts import select_prompts
 from serving.repository import read_export, weights_dir
+from tests.integration.conftest import triton_environment
 
 ROOT = Path(__file__).parents[2]
 NAME = "desk"
@@ -33,35 +34,15 @@ NEW_TOKENS = 24
 GREEDY = {"temperature": 0.0, "max_tokens": NEW_TOKENS, "logprobs": 0}
 
 
-def _environment() -> Path | None:
-    try:
-        return find_environment(str(ROOT / ".venv-triton"))
-    except UserError:
-        return None
-
-
-ENVIRONMENT = _environment()
+ENVIRONMENT = triton_environment()
 pytestmark = pytest.mark.skipif(
     ENVIRONMENT is None, reason="no Triton environment; make one with `make triton-env`"
 )
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_model_dir, tiny_tokenizer):
-    """The tiny model with EOS where greedy answers come upon it: two rows of the output matrix swapped."""
-    directory = tmp_path_factory.mktemp("trained") / "model"
-    shutil.copytree(tiny_model_dir, directory)
-    model, tokenizer = load_causal_lm(directory), load_tokenizer(directory)
-    answers = [
-        reference_answer(model, tokenizer, [{"role": "user", "content": f"K{i}?"}], 24).ids for i in range(8)
-    ]
-    late = [token for ids in answers for token in ids[6:]]
-    chosen = max(set(late), key=late.count)
-    with torch.no_grad():
-        rows = model.lm_head.weight
-        rows[[tokenizer.eos_token_id, chosen]] = rows[[chosen, tokenizer.eos_token_id]]
-    model.save_pretrained(directory)
-    return directory
+def trained(ending_model_dir):
+    return ending_model_dir
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ import yaml
 from transformers import LlamaConfig
 
 from posttrain.errors import UserError
-from posttrain.pipeline import load_pipeline
+from posttrain.pipeline import load_pipeline, read_blocks
 from train.plan.amounts import count, work_of
-from train.plan.command import read_blocks
 from train.plan.gpus import GPUS, find_gpu
 from train.plan.layouts import Sizes
 from train.plan.lookup import FoundModel, Stages, find_model

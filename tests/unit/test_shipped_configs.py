@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain.cli_check import Checked, check_file, read_blocks
+from posttrain.cli_check import Checked, check_file
 from posttrain.known_models import known_config
+from posttrain.pipeline import read_blocks
 from posttrain.stage import execute_stage
 from tests.unit.test_known_models import PUBLISHED
 

@@ -9,10 +9,8 @@ from pathlib import Path
 import torch
 
 from posttrain.errors import ConfigError, UserError
-from posttrain.pipeline import load_pipeline
-from posttrain.registry import stage_spec
-from posttrain.stage_file import StageBlock, load_stage_file
-from posttrain.yaml_source import load_yaml
+from posttrain.pipeline import read_blocks
+from posttrain.stage_file import StageBlock
 from train.config import TrainingStageConfig
 from train.peft_config import AdapterSettings, PeftSettings
 from train.peft_setup import quiet_libraries
@@ -71,14 +69,6 @@ def plan(
         raise UserError("\n".join(unplanned.values()))
     share = mfu or (MEASURED_MFU if device.measured else MFU)
     return Report(str(path), device, share, predictions, unplanned)
-
-
-def read_blocks(path: Path, overrides: Sequence[str]) -> list[StageBlock]:
-    """The stages of a pipeline in order of execution, or the one of a stage file."""
-    data = load_yaml(path, overrides)
-    if "stage" not in data or "stages" in data:
-        return list(load_pipeline(path, overrides).stages.values())
-    return [load_stage_file(stage_spec(str(data["stage"])).name, path, overrides)]
 
 
 def _with_method(block: StageBlock, method: str | None) -> StageBlock:

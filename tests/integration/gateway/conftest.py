@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import yaml
 
-from posttrain.errors import UserError
-from serving.embedded import EmbeddedServer, find_environment
+from serving.embedded import EmbeddedServer
 from serving.gateway.keys import ADMIN_VARIABLE, hash_key
+from tests.integration.conftest import triton_environment
 
 ROOT = Path(__file__).parents[3]
 KEYS = {"alice": "pt-alice", "bob": "pt-bob", "carol": "pt-carol", "dora": "pt-dora"}
@@ -40,13 +40,6 @@ LIMITS = {
 }
 
 
-def triton_environment() -> Path | None:
-    try:
-        return find_environment(str(ROOT / ".venv-triton"))
-    except UserError:
-        return None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Nothing here runs without a Triton environment."""
     if triton_environment() is None:
@@ -54,29 +47,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(mark)
-
-
-@pytest.fixture(scope="session")
-def ending_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """The tiny model with EOS where its greedy answers come upon it: two rows of its head swapped."""
-    import torch
-
-    from posttrain.models import load_causal_lm, load_tokenizer
-    from serving.parity import reference_answer
-
-    directory = tmp_path_factory.mktemp("ending") / "model"
-    shutil.copytree(tiny_model_dir, directory)
-    model, tokenizer = load_causal_lm(directory), load_tokenizer(directory)
-    answers = [
-        reference_answer(model, tokenizer, [{"role": "user", "content": f"K{i}?"}], 24).ids for i in range(8)
-    ]
-    late = [token for ids in answers for token in ids[6:]]
-    chosen = max(set(late), key=late.count)
-    with torch.no_grad():
-        rows = model.lm_head.weight
-        rows[[tokenizer.eos_token_id, chosen]] = rows[[chosen, tokenizer.eos_token_id]]
-    model.save_pretrained(directory)
-    return directory
 
 
 def export(model: Path, name: str, run_dir: Path) -> Path:
