@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_prep.dataset import read_split
 from posttrain.stage import execute_stage
 from posttrain.stage_file import load_stage_file
 from tests.integration.conftest import command, write_stage
@@ -116,6 +117,24 @@ def test_the_tiny_pipeline_is_planned_on_a_fresh_clone(tmp_path: Path) -> None:
     steps = {stage["name"]: stage["steps"] for stage in report["stages"]}
     assert steps == {"base": 1000, "sft": None, "reward": None, "dpo": 50, "ppo": 24}
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind_of_data", "answers_a_row"), [("unpaired_preference", 1), ("preference", 2)])
+def test_kto_sees_each_labelled_answer_once_and_each_pair_twice(
+    kind_of_data: str,
+    answers_a_row: int,
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    labelled_data: Path,
+    preference_data: Path,
+) -> None:
+    data = {"unpaired_preference": labelled_data, "preference": preference_data}[kind_of_data]
+    trainer = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "max_steps": -1}
+    fields = {"model": tiny_model_dir, "data": data, "peft": {"r": 4}, "trainer": trainer}
+    stage = predicted(write_stage(tmp_path, "kto", fields))
+    rows = len(read_split(data, "train"))
+    assert stage["lengths"]["measured"]
+    assert stage["steps"] == -(-rows * answers_a_row // 4)
 
 
 def test_a_reward_model_whose_architecture_names_no_pad_token(tmp_path: Path) -> None:

@@ -79,31 +79,30 @@ def read_lengths(
     assistant_only: only the assistant's tokens have a label (sft).
     """
     directory = Path(data).expanduser()
-    if not (directory / "train.parquet").is_file():
-        return Lengths(None, limit, limit, False, f"data {data} is not made yet")
     unpaired = kind == "kto" and read_kind(directory) == UNPAIRED
+
+    def bound(rows: int | None, note: str) -> Lengths:
+        return Lengths(rows, limit, limit, False, note, paired=not unpaired)
+
+    if not (directory / "train.parquet").is_file():
+        return bound(None, f"data {data} is not made yet")
     wanted: Kind = UNPAIRED if unpaired else KINDS[kind]
     samples = read_samples(directory, wanted, seed, Findings(), splits=("train",))
     if not samples:
-        return Lengths(None, limit, limit, False, f"data {data} cannot be read as {wanted}")
+        return bound(None, f"data {data} cannot be read as {wanted}")
     [sample] = samples
     tokenizer = None if model is None else _tokenizer(model)
     if tokenizer is None:
-        note = "no tokenizer to count tokens with yet"
-        return Lengths(sample.total, limit, limit, False, note, paired=not unpaired)
+        return bound(sample.total, "no tokenizer to count tokens with yet")
     try:
-        every = count_tokens(kind, tokenizer, sample.rows)
+        every, labels = count_tokens(kind, tokenizer, sample.rows, assistant_only)
     except (UserError, TemplateError) as error:
-        return Lengths(sample.total, limit, limit, False, f"rows of {data} cannot be rendered ({error})")
-    counts = [count for count in every if not drops or count <= limit]
+        return bound(sample.total, f"rows of {data} cannot be rendered ({error})")
+    counts = [min(count, limit) for count in every if not drops or count <= limit]
     if not counts:
-        return Lengths(sample.total, limit, limit, False, f"no row fits {limit} tokens")
-    counts = [min(count, limit) for count in counts]
+        return bound(sample.total, f"no row fits {limit} tokens")
     mean, longest = sum(counts) / len(counts), max(counts)
-    if kind != "sft":
-        return Lengths(sample.total, mean, longest, True, paired=not unpaired)
-    labels = count_labels(tokenizer, sample.rows) if assistant_only else counts
-    return Lengths(sample.total, mean, longest, True, labels=tuple(labels))
+    return Lengths(sample.total, mean, longest, True, labels=tuple(labels), paired=not unpaired)
 
 
 def _tokenizer(model: Path) -> PreTrainedTokenizerBase | None:
@@ -113,12 +112,25 @@ def _tokenizer(model: Path) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def count_tokens(kind: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:
-    """Tokens of each sequence; of a pair those of its longer side, to which TRL pads the other."""
-    if kind == "sft":
-        return [
-            len(row.input_ids) for row in label_conversations(tokenizer, _column(rows, "messages"), False)
-        ]
+def count_tokens(
+    kind: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], assistant_only: bool = False
+) -> tuple[list[int], list[int]]:
+    """Tokens of each sequence, and of sft those of them that carry loss, nothing where that cannot be told.
+
+    Of a pair the tokens of its longer side, to which TRL pads the other.
+    """
+    if kind != "sft":
+        return _count(kind, tokenizer, rows), []
+    messages = _column(rows, "messages")
+    try:
+        encoded = label_conversations(tokenizer, messages, assistant_only)
+    except UserError:  # the template does not mark what the assistant says
+        return [len(row.input_ids) for row in label_conversations(tokenizer, messages, False)], []
+    labels = [sum(label != IGNORED for label in row.labels) for row in encoded]
+    return [len(row.input_ids) for row in encoded], labels
+
+
+def _count(kind: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:
     if kind == "pretrain":
         encoded: Any = tokenizer(_column(rows, "text"))["input_ids"]
         return [len(ids) + 1 for ids in encoded]
@@ -131,15 +143,6 @@ def count_tokens(kind: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[
         render_whole(tokenizer, [row["prompt"] + row[s] for row in rows]) for s in ("chosen", "rejected")
     ]
     return [max(map(len, pair)) for pair in zip(*sides, strict=True)]
-
-
-def count_labels(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> list[int]:
-    """The assistant's tokens in each row; nothing where the template does not mark them."""
-    try:
-        encoded = label_conversations(tokenizer, _column(rows, "messages"))
-    except UserError:
-        return []
-    return [sum(label != IGNORED for label in row.labels) for row in encoded]
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[Any]:
