@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TRITON_ENV ?= .venv-triton
 BIN := $(VENV)/bin
+# Tests run on all cores, at most four, one thread each; TEST_WORKERS=0 runs them in one process.
+TEST_WORKERS ?= logical
+PYTEST := $(BIN)/python -m pytest --durations=15 -n $(TEST_WORKERS) --maxprocesses 4 --dist loadscope
 STAMP := $(VENV)/.installed
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
@@ -32,10 +35,10 @@ demo: install triton-env ## run the whole tiny pipeline, from data to a served m
 	$(BIN)/posttrain run configs/tiny/pipeline.yaml
 
 test: install triton-env ## unit, integration and conformance tests
-	$(BIN)/python -m pytest --durations=15
+	$(PYTEST)
 
 test-all: install triton-env ## the same and the slow proofs
-	$(BIN)/python -m pytest --durations=15 -m ''
+	$(PYTEST) -m ''
 
 lint: install ## ruff and mypy over everything
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers that each start a thread for every core wait for one another: ten times slower on two cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

@@ -20,6 +20,7 @@ from train.plan.predict import candidates, usable
 from train.plan.report import short
 from train.plan.request import Request
 from train.plan.stages import describe
+from train.ppo.throughput import matmul_throughput
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,8 +47,10 @@ def test_an_unknown_gpu_names_the_nearest(asked: str, nearest: str) -> None:
 
 
 def test_this_machine_is_measured() -> None:
+    # The very rate that was measured: how fast that is, with others on the machine, is nobody's to say.
     here = find_gpu("this", torch.float32)
-    assert here.measured and here.flops > 1e9 and here.memory > 1e9
+    assert here.measured and here.memory > 1e9
+    assert here.flops == matmul_throughput(torch.device("cuda" if here.cuda else "cpu"), torch.float32)
 
 
 def pipeline(tmp_path: Path, stages: dict[str, Any]) -> tuple[dict[str, Any], Stages]:
