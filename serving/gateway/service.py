@@ -236,7 +236,7 @@ def ask(
     def stream(headers: dict[str, str]) -> AsyncGenerator[Piece, None]:
         return version.upstream.stream(version.target, prompt, sampling, headers)
 
-    return exchange.spans.follow(stream, version.upstream.url, version.target.model, exchange.traceparent)
+    return exchange.spans.follow(stream, version, exchange.traceparent)
 
 
 async def events(

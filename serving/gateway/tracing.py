@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
     from serving.gateway.exchange import Exchange
+    from serving.gateway.routes import Version
 
 Stream = Callable[[dict[str, str]], AsyncGenerator[Piece, None]]
 VARIABLES = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
@@ -37,11 +38,11 @@ class Spans:
     trace_id: str | None = None
 
     def follow(
-        self, stream: Stream, url: str, model: str, traceparent: str | None
+        self, stream: Stream, version: Version, traceparent: str | None
     ) -> AsyncGenerator[Piece, None]:
         """The pieces of a stream of Triton, which gets the headers given to `stream`.
 
-        url: host:port of Triton; traceparent: the client's.
+        traceparent: the client's.
         """
         return stream({"traceparent": traceparent} if traceparent else {})
 
@@ -100,9 +101,9 @@ class RecordedSpans(Spans):
         self.trace_id = f"{server.get_span_context().trace_id:032x}"
 
     async def follow(
-        self, stream: Stream, url: str, model: str, traceparent: str | None
+        self, stream: Stream, version: Version, traceparent: str | None
     ) -> AsyncGenerator[Piece, None]:
-        span, headers = self._child(url, model)
+        span, headers = self._child(version.upstream.url, version.target.model)
         tally: Tally | None = None
         try:
             async with aclosing(stream(headers)) as pieces:
@@ -142,7 +143,7 @@ class RecordedSpans(Spans):
         error = exchange.reason or (str(exchange.status) if not 100 <= exchange.status < 400 else None)
         if error is not None:
             self.server.set_attribute("error.type", error)
-            # What the client did wrong is no error of this server; a stream that broke off is, behind its 200.
+            # What a client did wrong is no error of this server; a stream that broke off behind its 200 is.
             if not 400 <= exchange.status < 500:
                 _fail(self.server, error)
         self.server.end()

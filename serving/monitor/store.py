@@ -2,8 +2,8 @@
 
 samples holds a reservoir of at most N conversations per day (UTC) and model: each of the day's answered
 requests is in it with the same probability (Vitter 1985, algorithm R). How many were seen is kept in
-`reservoirs`, so that this stays true over restarts. A sample that was flagged and then loses its place goes to
-`flagged_samples`, which has the same columns; the reservoir stays uniform.
+`reservoirs`, so that this stays true over restarts. A sample that was flagged and then loses its place goes
+to `flagged_samples`, which has the same columns; the reservoir stays uniform.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _SAMPLE = """(
 SCHEMA = (
     """CREATE TABLE IF NOT EXISTS requests (
     id TEXT PRIMARY KEY, time REAL, model TEXT, version TEXT, endpoint TEXT, status INTEGER, stream INTEGER,
-    key TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, finish_reason TEXT, first_token_s REAL, seconds REAL
+    key TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, finish_reason TEXT, first_token_s REAL,
+    seconds REAL
 )""",
     f"CREATE TABLE IF NOT EXISTS samples {_SAMPLE}",
     f"CREATE TABLE IF NOT EXISTS flagged_samples {_SAMPLE}",
