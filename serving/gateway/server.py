@@ -52,10 +52,10 @@ class Gateway:
         self.router = Router(config.limits, self.threads)
         self.service = Service(self.router, self.metrics, config.limits.max_messages)
         self.control = Control(self.reload_for_admin)
+        keys = load_keys(config, os.environ)
         self.tracing = open_tracing(config.tracing, os.environ)
         self.monitor = open_monitor(config.monitoring, self.metrics)
         app = create_app(self.router, self.service, self.metrics, self.control, self.monitor)
-        keys = load_keys(config, os.environ)
         self.guard = Guard(app, config, keys, self.metrics, self.monitor, self.tracing)
         self._reloading = asyncio.Lock()
 

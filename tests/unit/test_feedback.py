@@ -24,8 +24,8 @@ from serving.monitor.store import Conversation, Entry, RequestRow, Store
 
 NOON = 1_790_000_000.0
 COLUMNS = (
-    "id TEXT PRIMARY KEY, time REAL, model TEXT, messages TEXT, version_a TEXT, version_b TEXT, answer_a TEXT,"
-    " answer_b TEXT, choice TEXT, sampling TEXT, key TEXT, comment TEXT"
+    "id TEXT PRIMARY KEY, time REAL, model TEXT, messages TEXT, version_a TEXT, version_b TEXT, "
+    "answer_a TEXT, answer_b TEXT, choice TEXT, sampling TEXT, key TEXT, comment TEXT"
 )
 
 
