@@ -19,6 +19,7 @@ from serving.gateway.logs import log
 from serving.gateway.upstream import Piece, UpstreamError
 
 if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span, Tracer
 
     from serving.gateway.exchange import Exchange
@@ -54,9 +55,12 @@ NO_SPANS = Spans()
 
 
 class Tracing:
-    """Makes and sends spans. config None: endpoint, name and sampling are those of the OTEL_* variables."""
+    """Makes and sends spans. config None: endpoint, name and sampling are those of the OTEL_* variables.
 
-    def __init__(self, config: TracingConfig | None) -> None:
+    exporter: what takes the spans; default: OTLP over HTTP.
+    """
+
+    def __init__(self, config: TracingConfig | None, exporter: SpanExporter | None = None) -> None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -65,13 +69,14 @@ class Tracing:
 
         if config is None:
             provider = TracerProvider()
-            exporter = OTLPSpanExporter()
+            exporter = exporter or OTLPSpanExporter()
         else:
             provider = TracerProvider(
                 resource=Resource.create({"service.name": config.service_name}),
                 sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)),
             )
-            exporter = OTLPSpanExporter(endpoint=traces_url(config.endpoint), timeout=EXPORT_SECONDS)
+            endpoint = traces_url(config.endpoint)
+            exporter = exporter or OTLPSpanExporter(endpoint=endpoint, timeout=EXPORT_SECONDS)
         provider.add_span_processor(BatchSpanProcessor(exporter))
         self.provider = provider
         self.tracer = provider.get_tracer("posttrain.gateway")
