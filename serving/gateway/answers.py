@@ -52,10 +52,11 @@ class Writer:
     include_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
+    """The request's id; in answers it has OpenAI's prefix. Default: a new one."""
     offset: int = 0
 
     def __post_init__(self) -> None:
-        self.id = ("chatcmpl-" if self.chat else "cmpl-") + uuid.uuid4().hex
+        self.id = ("chatcmpl-" if self.chat else "cmpl-") + (self.id or uuid.uuid4().hex)
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         """The answer in one object."""

@@ -22,10 +22,12 @@ from serving.gateway.errors import ApiError, unknown_model
 from serving.gateway.exchange import Exchange
 from serving.gateway.guard import ClientGoneError
 from serving.gateway.metrics import Metrics
+from serving.gateway.monitoring import add_feedback
 from serving.gateway.routes import SEPARATOR, Router, allowed, describe
 from serving.gateway.schemas import ApiModel, ChatRequest, CompletionRequest
 from serving.gateway.service import AnyRequest, Job, Service, events
 from serving.gateway.upstream import Piece
+from serving.monitor.writer import Monitor
 
 Result = TypeVar("Result")
 READY_TTL_SECONDS = 1.0
@@ -89,7 +91,9 @@ class EventStream(StreamingResponse):
             await self.end()
 
 
-def create_app(router: Router, service: Service, metrics: Metrics, control: Control) -> FastAPI:
+def create_app(
+    router: Router, service: Service, metrics: Metrics, control: Control, monitor: Monitor | None = None
+) -> FastAPI:
     """The application behind the guard."""
 
     @asynccontextmanager
@@ -109,6 +113,7 @@ def create_app(router: Router, service: Service, metrics: Metrics, control: Cont
     )
     add_error_handlers(app)
     _add_api(app, router, service, control)
+    add_feedback(app, monitor)
     _add_health(app, router, metrics, control)
     _add_admin(app, router, metrics, control)
     return app

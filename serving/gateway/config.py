@@ -80,6 +80,39 @@ class LimitsConfig(StrictModel):
     )
 
 
+class MonitoringConfig(StrictModel):
+    """What is kept about the traffic."""
+
+    database: str | None = Field(
+        None, description="SQLite file for requests in numbers, samples and votes; default: nothing is kept."
+    )
+    samples: int = Field(
+        0, ge=0, le=1_000_000, description="Conversations kept per day and model; 0 keeps no text."
+    )
+    redact: bool = Field(
+        True, description="Whether personal data that has a form of its own is replaced in what is kept."
+    )
+    retention_days: float = Field(30.0, gt=0, le=3660, description="Requests and samples are deleted then.")
+    log_text: Literal[False, "redacted"] = Field(
+        False, description="Whether the log gets texts, always redacted; default: never any."
+    )
+
+
+class TracingConfig(StrictModel):
+    """OpenTelemetry traces, sent by OTLP over HTTP."""
+
+    endpoint: str = Field(
+        pattern=r"^https?://[^\s/]+(/\S*)?$", description="The collector, for example http://localhost:4318."
+    )
+    service_name: str = Field("posttrain-gateway", min_length=1, description="`service.name`.")
+    sample_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of traces begun here that are kept; a client's own decision holds.",
+    )
+
+
 class GatewayConfig(StrictModel):
     """The whole file."""
 
@@ -94,6 +127,12 @@ class GatewayConfig(StrictModel):
     private_metrics: bool = Field(False, description="Whether /metrics wants the admin key.")
     models: dict[Name, ModelConfig] = Field(min_length=1, description="Models by the name that clients send.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Sizes, counts and times.")
+    monitoring: MonitoringConfig = Field(
+        default_factory=MonitoringConfig, description="What is kept about the traffic."
+    )
+    tracing: TracingConfig | None = Field(
+        None, description="Traces; default: as OTEL_EXPORTER_OTLP_ENDPOINT and its like say, else none."
+    )
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> GatewayConfig:
@@ -117,6 +156,9 @@ def check(config: GatewayConfig, document: Document) -> list[Problem]:
         where = document.where(("authentication",))
         message = f"without keys everyone who reaches {config.host} could use the models"
         problems.append(Problem(where, message, "listen on 127.0.0.1, or make keys: posttrain gateway-key"))
+    if config.monitoring.samples and config.monitoring.database is None:
+        where = document.where(("monitoring", "samples"))
+        problems.append(Problem(where, "samples need a place to be kept", "set monitoring.database"))
     for name, model in config.models.items():
         where = document.where(("models", name, "versions"))
         if not any(version.weight > 0 for version in model.versions.values()):

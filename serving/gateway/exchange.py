@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 
 from serving.gateway.answers import Tally
 from serving.gateway.keys import ApiKey
+from serving.gateway.tracing import NO_SPANS, Spans
 
 ENDPOINTS = frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/feedback",
         "/v1/models",
         "/health",
         "/health/live",
@@ -32,7 +34,10 @@ TRACEPARENT = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 @dataclass
 class Exchange:
-    """One request. Times in seconds of time.monotonic(); status 0: nothing was sent."""
+    """One request. Times in seconds of time.monotonic(); status 0: nothing was sent.
+
+    messages, answer: what was asked, and the first answer once it is whole; only where something wants them.
+    """
 
     endpoint: str
     method: str
@@ -48,6 +53,10 @@ class Exchange:
     reason: str | None = None
     tally: Tally | None = None
     first_token_s: float | None = None
+    spans: Spans = NO_SPANS
+    keeps_text: bool = False
+    messages: list[dict[str, str]] | None = None
+    answer: str | None = None
 
     @classmethod
     def of(cls, method: str, path: str, headers: dict[bytes, bytes]) -> Exchange:
@@ -82,5 +91,6 @@ class Exchange:
             "first_token_s": self.first_token_s,
             "reason": self.reason,
             "traceparent": self.traceparent,
+            "trace_id": self.spans.trace_id,
         }
         return found | {name: value for name, value in optional.items() if value is not None}

@@ -20,6 +20,9 @@ from serving.gateway.exchange import Exchange
 from serving.gateway.keys import ANONYMOUS, KeyRing
 from serving.gateway.logs import log
 from serving.gateway.metrics import Metrics
+from serving.gateway.monitoring import record
+from serving.gateway.tracing import Tracing
+from serving.monitor.writer import Monitor
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -42,13 +45,23 @@ class ClientGoneError(Exception):
 
 
 class Guard:
-    """The middleware. keys: replaced by a reload; draining: set by the server on SIGTERM."""
+    """The middleware. keys: replaced by a reload. monitor, tracing: who else hears of a request, if any."""
 
-    def __init__(self, app: App, config: GatewayConfig, keys: KeyRing, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: App,
+        config: GatewayConfig,
+        keys: KeyRing,
+        metrics: Metrics,
+        monitor: Monitor | None = None,
+        tracing: Tracing | None = None,
+    ) -> None:
         self.app = app
         self.config = config
         self.keys = keys
         self.metrics = metrics
+        self.monitor = monitor
+        self.tracing = tracing
         self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,6 +72,9 @@ class Guard:
         headers = dict(reversed(scope["headers"]))
         exchange = Exchange.of(scope["method"], scope["path"], headers)
         exchange.deadline = exchange.started + ANSWER_SHARE * self.config.limits.request_seconds
+        exchange.keeps_text = self.monitor is not None and self.monitor.keeps_text
+        if self.tracing is not None and exchange.endpoint.startswith("/v1/"):
+            exchange.spans = self.tracing.begin(exchange.method, exchange.endpoint, exchange.traceparent)
         scope.setdefault("state", {})["exchange"] = exchange
         sender = Sender(send, exchange)
         try:
@@ -170,6 +186,9 @@ class Guard:
             self.metrics.disconnects.inc()
         if exchange.status == 429 and exchange.key is not None:
             self.metrics.limited.labels(exchange.key.name, exchange.reason).inc()
+        exchange.spans.end(exchange)
+        if self.monitor is not None:
+            record(self.monitor, exchange)
         log("request", fields=exchange.fields())
 
 

@@ -1,6 +1,6 @@
-"""Structured logs: one JSON object a line. They hold no text of prompts, answers, keys or query strings.
-
-There is no option to log text: personal data would have to be redacted first, and nothing here does that.
+"""Structured logs: one JSON object a line. They hold no text of keys or query strings, and of prompts and
+answers only the redacted lines that `monitoring.log_text` asks for (`serving/monitor/writer.py`). There is no
+way to log text as it is.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def log(
 
 
 def configure(stream: TextIO = sys.stderr, level: int = logging.INFO) -> None:
-    """Send this gateway's and uvicorn's lines to `stream`; uvicorn's access log stays off."""
+    """Send this gateway's, uvicorn's and OpenTelemetry's lines to `stream`; no access log of uvicorn."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
-    for name in ("posttrain.gateway", "uvicorn", "uvicorn.error"):
+    for name in ("posttrain.gateway", "uvicorn", "uvicorn.error", "opentelemetry"):
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"

@@ -39,6 +39,13 @@ class Metrics:
             "version",
             "outcome",
         )
+        self.unmonitored = self._counter(
+            "monitoring_dropped",
+            "Requests missing in the monitoring database; reason: queue_full or database.",
+            "reason",
+        )
+        for reason in ("queue_full", "database"):
+            self.unmonitored.labels(reason)
         self.reloads = self._counter("reloads", "Route changes; outcome: done or failed.", "what", "outcome")
         self.share = Gauge(
             f"{PREFIX}_route_share",

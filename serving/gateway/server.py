@@ -30,9 +30,11 @@ from serving.gateway.guard import Guard
 from serving.gateway.keys import load_keys
 from serving.gateway.logs import configure, log
 from serving.gateway.metrics import Metrics
+from serving.gateway.monitoring import open_monitor
 from serving.gateway.protocol import MAX_HEADER_BYTES, bounded_protocol
 from serving.gateway.routes import Router, describe, load_renderers
 from serving.gateway.service import Service
+from serving.gateway.tracing import open_tracing
 
 SPARE_FILES = 256
 KEEP_ALIVE_SECONDS = 15
@@ -50,14 +52,24 @@ class Gateway:
         self.router = Router(config.limits, self.threads)
         self.service = Service(self.router, self.metrics, config.limits.max_messages)
         self.control = Control(self.reload_for_admin)
-        app = create_app(self.router, self.service, self.metrics, self.control)
-        self.guard = Guard(app, config, load_keys(config, os.environ), self.metrics)
+        keys = load_keys(config, os.environ)
+        self.tracing = open_tracing(config.tracing, os.environ)
+        self.monitor = open_monitor(config.monitoring, self.metrics)
+        app = create_app(self.router, self.service, self.metrics, self.control, self.monitor)
+        self.guard = Guard(app, config, keys, self.metrics, self.monitor, self.tracing)
         self._reloading = asyncio.Lock()
 
     async def start(self) -> None:
         """Read the exports. Raises UserError."""
         await self.router.load(self.config.models)
         self.metrics.show_shares(describe(self.router.table))
+
+    def close(self) -> None:
+        """Write and send what is still to be written and sent; takes seconds where nobody takes it."""
+        if self.monitor is not None:
+            self.monitor.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
     async def reload(self) -> None:
         """Put the file's models and keys in force, or keep the old ones.
@@ -175,6 +187,7 @@ async def _serve(config: GatewayConfig, path: Path | None, overrides: Sequence[s
     )
     await Server(settings, gateway, f"http://{config.host}:{listener.getsockname()[1]}").serve([listener])
     gateway.threads.shutdown(wait=False, cancel_futures=True)
+    gateway.close()
     log("stopped")
 
 

@@ -53,6 +53,7 @@ class Job:
             top=self.request.logprobs_wanted,
             tally=self.tally,
             include_usage=options is not None and options.include_usage,
+            id=self.exchange.request_id,
         )
 
 
@@ -102,6 +103,7 @@ class Service:
             version.upstream.release()
             raise
         exchange.tally = Tally(prompt.tokens)
+        exchange.messages = turns(request) if exchange.keeps_text else None
         return Job(request, exchange, key, state, model, version, prompt, max_tokens, exchange.tally)
 
     async def _prompt(self, request: AnyRequest, model: Model, version: Version) -> Prompt:
@@ -130,7 +132,8 @@ class Service:
                     yield piece
                     if time.monotonic() > job.exchange.deadline and piece.finish_reason is None:
                         raise ApiError(504, "the answer took too long", code="timeout")
-            self._copy(job, "".join(texts))
+            job.exchange.answer = "".join(texts)
+            self._copy(job, job.exchange.answer)
         except UpstreamError as error:
             job.failed = True
             job.exchange.reason = error.code
@@ -218,12 +221,22 @@ class Service:
         await asyncio.gather(*self.shadows, return_exceptions=True)
 
 
+def turns(request: AnyRequest) -> list[dict[str, str]]:
+    """What was asked, as messages; a text is one of the user's."""
+    if isinstance(request, CompletionRequest):
+        return [{"role": "user", "content": request.text}]
+    return [message.rendered() for message in request.messages]
+
+
 def ask(
     version: Version, prompt: str, sampling: dict[str, Any], exchange: Exchange
 ) -> AsyncGenerator[Piece, None]:
     """One request to a version's Triton."""
-    headers = {"traceparent": exchange.traceparent} if exchange.traceparent else {}
-    return version.upstream.stream(version.target, prompt, sampling, headers)
+
+    def stream(headers: dict[str, str]) -> AsyncGenerator[Piece, None]:
+        return version.upstream.stream(version.target, prompt, sampling, headers)
+
+    return exchange.spans.follow(stream, version, exchange.traceparent)
 
 
 async def events(

@@ -53,4 +53,4 @@ def test_no_request_makes_the_gateway_fail(
     if mode is GenerationMode.POSITIVE:
         assert 200 in statuses["POST /v1/chat/completions"]
         assert 200 in statuses["POST /v1/completions"]
-        assert len(statuses) == 8
+        assert len(statuses) == 9
