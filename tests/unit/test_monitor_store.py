@@ -187,6 +187,15 @@ def test_a_file_that_is_no_database_is_named(tmp_path, content):
         open_store(path)
 
 
+def test_without_traffic_what_is_old_is_deleted_too(path):
+    clock = Clock()
+    store = open_store(path, clock=clock)
+    store.write([entry(1)])
+    clock.now = NOON + 31 * DAY_SECONDS
+    Monitor(store, False, Dropped()).close()
+    assert rows(path, "SELECT id FROM requests") == []
+
+
 class Dropped(Counter):
     """What a monitor left out."""
 
