@@ -184,7 +184,7 @@ class ChatRequest(Sampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: dict[str, Any] | None = Field(None, description="Only {type: text}.")
-    store: bool | None = Field(None, description="Only false: nothing is kept.")
+    store: bool | None = Field(None, description="Only false: there is nothing to fetch later.")
 
     @classmethod
     def unsupported(cls) -> tuple[str, ...]:
@@ -201,7 +201,7 @@ class ChatRequest(Sampling):
     @classmethod
     def _nothing_is_stored(cls, value: bool | None) -> bool | None:
         if value:
-            raise ValueError("answers are not stored here; leave it out")
+            raise ValueError("stored answers cannot be fetched here; leave it out")
         return value
 
     @model_validator(mode="after")

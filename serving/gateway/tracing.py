@@ -168,7 +168,7 @@ def _request(exchange: Exchange) -> dict[str, Any]:
     }
     if exchange.key is not None:
         found["posttrain.key"] = exchange.key.name
-    if exchange.model:
+    if exchange.model and exchange.endpoint in OPERATIONS:
         found |= {
             "gen_ai.operation.name": OPERATIONS[exchange.endpoint],
             "gen_ai.provider.name": "posttrain",

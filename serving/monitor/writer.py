@@ -25,6 +25,8 @@ MAX_CHARACTERS = 32 * 2**20
 BATCH = 256
 CLOSE_SECONDS = 10.0
 COMPLAIN_SECONDS = 60.0
+IDLE_SECONDS = 300.0
+"""Without any traffic the database is looked at so often, for what has to be deleted."""
 Reason = Literal["queue_full", "database"]
 
 
@@ -104,8 +106,10 @@ class Monitor:
 
     def _run(self) -> None:
         try:
-            while batch := self._next():
+            self._prune()
+            while (batch := self._next()) is not None:
                 self._handle(batch)
+                self._prune()
         except Exception as error:
             log("monitoring_stopped", logging.ERROR, error=describe(error))
         with self._ready:
@@ -113,10 +117,12 @@ class Monitor:
         if self.store is not None:
             self.store.close()
 
-    def _next(self) -> list[Entry | Flag]:
-        """What waits, in order; nothing once the monitor is closed and the queue empty."""
+    def _next(self) -> list[Entry | Flag] | None:
+        """What waits, in order, or nothing after IDLE_SECONDS; None once it is closed and the queue empty."""
         with self._ready:
-            self._ready.wait_for(lambda: self._queue or self._closed)
+            self._ready.wait_for(lambda: self._queue or self._closed, IDLE_SECONDS)
+            if self._closed and not self._queue:
+                return None
             batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
             self._characters -= sum(map(_characters, batch))
             return batch
@@ -142,6 +148,9 @@ class Monitor:
         except sqlite3.Error as error:
             self.dropped("database", len(entries))
             self._complain(error, len(entries))
+
+    def _prune(self) -> None:
+        if self.store is None:
             return
         try:
             self.store.prune_when_due()

@@ -12,6 +12,9 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from data_prep.pii import TYPES
+from serving.gateway.config import MonitoringConfig, TracingConfig
+from serving.monitor import store
 from train.ppo.config import PpoStageConfig
 from train.ppo.symptoms import SYMPTOMS
 
@@ -88,3 +91,29 @@ def test_the_ppo_page_has_every_warning() -> None:
     _, _, section = text.partition("\n### Warnings\n")
     section, _, _ = section.partition("\n## ")
     assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(SYMPTOMS)
+
+
+@pytest.mark.parametrize(("block", "model"), [("monitoring", MonitoringConfig), ("tracing", TracingConfig)])
+def test_the_gateway_page_has_every_field_of_a_block_with_its_default(
+    block: str, model: type[BaseModel]
+) -> None:
+    text = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
+    _, _, table = text.partition(f"\n| `{block}.` | Default | |\n")
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", table.partition("\n\n")[0], re.MULTILINE)
+    documented = {name: as_value(cell.strip("`")) for name, cell in rows}
+    assert documented == {
+        name: "none" if value is None else value for name, value in fields_of(model).items()
+    }
+
+
+def test_the_monitoring_page_has_every_column_and_every_type_of_personal_data() -> None:
+    text = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    section, _, personal = text.partition("\n## Personal data\n")
+    for table in ("requests", "samples"):
+        _, _, rows = section.partition(f"\n| `{table}` | |\n")
+        cells = re.findall(r"^\| (`[^|]*`) \|", rows.partition("\n\n")[0], re.MULTILINE)
+        (statement,) = [line for line in store.SCHEMA if f"EXISTS {table} (" in line]
+        columns = re.findall(r"(\w+) (?:TEXT|REAL|INTEGER)", statement)
+        assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(columns)
+    cells = re.findall(r"^\| (`[^|]*`) \|", personal, re.MULTILINE)
+    assert set(re.findall(r"`([A-Z_]+)`", " ".join(cells))) == set(TYPES)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import sqlite3
 import stat
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from scipy import stats
 
 from posttrain.errors import UserError
+from serving.gateway.logs import LOGGER
 from serving.monitor import writer
 from serving.monitor.store import DAY_SECONDS, Conversation, Entry, RequestRow, Store
 from serving.monitor.writer import Monitor, QueueFullError
@@ -51,6 +54,22 @@ def rows(path: Path, query: str) -> list[tuple[Any, ...]]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "monitoring.db"
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]:
+    """What the gateway logs, as it comes."""
+    records: list[logging.LogRecord] = []
+
+    class Keeping(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    monkeypatch.setattr(LOGGER, "handlers", [Keeping()])
+    before = LOGGER.level
+    LOGGER.setLevel(logging.INFO)
+    yield records
+    LOGGER.setLevel(before)
 
 
 def test_a_request_is_a_row_and_its_text_is_redacted(path):
@@ -187,6 +206,15 @@ def test_a_file_that_is_no_database_is_named(tmp_path, content):
         open_store(path)
 
 
+def test_without_traffic_what_is_old_is_deleted_too(path):
+    clock = Clock()
+    store = open_store(path, clock=clock)
+    store.write([entry(1)])
+    clock.now = NOON + 31 * DAY_SECONDS
+    Monitor(store, False, Dropped()).close()
+    assert rows(path, "SELECT id FROM requests") == []
+
+
 class Dropped(Counter):
     """What a monitor left out."""
 
@@ -244,9 +272,8 @@ def test_two_gateways_can_share_a_file(path):
     assert len(kept(path)) == 10
 
 
-def test_a_locked_database_drops_and_counts_and_goes_on(path, monkeypatch, caplog):
+def test_a_locked_database_drops_and_counts_and_goes_on(path, monkeypatch, logged):
     monkeypatch.setattr("serving.monitor.store.BUSY_SECONDS", 0.05)
-    monkeypatch.setattr(writer.logging.getLogger("posttrain.gateway"), "propagate", True)
     dropped = Dropped()
     monitor = Monitor(open_store(path), False, dropped)
     other = sqlite3.connect(path, isolation_level=None)
@@ -261,7 +288,7 @@ def test_a_locked_database_drops_and_counts_and_goes_on(path, monkeypatch, caplo
     other.close()
     assert dropped == {"database": 3}
     assert rows(path, "SELECT id FROM requests") == [("r3",)]
-    complaints = [record for record in caplog.records if record.getMessage() == "monitoring_failed"]
+    complaints = [record for record in logged if record.getMessage() == "monitoring_failed"]
     assert [vars(record)["fields"]["detail"] for record in complaints] == ["database is locked"]
 
 
@@ -322,8 +349,7 @@ def test_texts_that_wait_are_bounded_too(path, monkeypatch):
     assert rows(path, "SELECT id FROM requests") == [("r2",)]
 
 
-def test_a_failure_that_nobody_foresaw_ends_monitoring_and_says_so(path, monkeypatch, caplog):
-    monkeypatch.setattr(writer.logging.getLogger("posttrain.gateway"), "propagate", True)
+def test_a_failure_that_nobody_foresaw_ends_monitoring_and_says_so(path, logged):
 
     class Broken(Store):
         def write(self, entries):
@@ -335,20 +361,18 @@ def test_a_failure_that_nobody_foresaw_ends_monitoring_and_says_so(path, monkeyp
     monitor.close()
     monitor.put(entry(2))
     assert dropped == {"queue_full": 1}
-    (record,) = [record for record in caplog.records if record.getMessage() == "monitoring_stopped"]
+    (record,) = [record for record in logged if record.getMessage() == "monitoring_stopped"]
     assert vars(record)["fields"]["error"]["type"] == "RuntimeError"
     assert "ann@shop.example" not in str(vars(record)["fields"])
 
 
-def test_the_log_gets_redacted_text_only(monkeypatch, caplog):
-    monkeypatch.setattr(writer.logging.getLogger("posttrain.gateway"), "propagate", True)
-    caplog.set_level("INFO", "posttrain.gateway")
+def test_the_log_gets_redacted_text_only(logged):
     monitor = Monitor(None, True, Dropped())
     assert monitor.keeps_text
     monitor.put(entry(1))
     assert monitor.flag("r1", "alice", "up", None).result(10) is False
     monitor.close()
-    (record,) = caplog.records
+    (record,) = logged
     assert record.getMessage() == "text"
     assert vars(record)["fields"] == {
         "request_id": "r1",

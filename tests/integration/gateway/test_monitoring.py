@@ -221,6 +221,7 @@ def test_nothing_is_kept_unless_it_is_asked_for(gateway):
     assert not [path for path in gateway.file.parent.iterdir() if path != gateway.file]
 
 
+@pytest.mark.slow
 def test_neither_a_locked_database_nor_an_absent_collector_hurts_a_request(start_gateway, settings, tmp_path):
     """While it is locked, what cannot be written is counted; after a burst and SIGTERM all is there."""
     more = {
