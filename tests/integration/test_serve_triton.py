@@ -186,6 +186,29 @@ def test_a_seed_is_repeatable_and_seeds_differ(client):
     assert sample(3).token_ids == sample(3).token_ids != sample(4).token_ids
 
 
+def test_several_answers_of_one_request_come_in_one_response(client, server):
+    outputs = ("finish_reason", "logprobs", "cumulative_logprob", "num_output_tokens")
+
+    def ask(**sampling):
+        parameters = {"temperature": 1.0, "max_tokens": 12, "logprobs": 0} | sampling
+        body = {"text_input": PROMPT, "sampling_parameters": json.dumps(parameters)}
+        body |= {f"return_{output}": True for output in (*outputs, "num_input_tokens")}
+        status, text = post_json(f"http://{server.http_url}/v2/models/{NAME}/generate", body, 60)
+        assert status == 200, text
+        return json.loads(text)
+
+    alone = [ask(seed=3 + number) for number in range(3)]
+    together = ask(seed=3, n=3)
+    for output in ("text_output", "finish_reason", "num_output_tokens"):
+        assert together[output] == [answer[output] for answer in alone]
+    assert together["cumulative_logprob"] == pytest.approx([each["cumulative_logprob"] for each in alone])
+    drawn = [[next(iter(position)) for position in json.loads(each["logprobs"])] for each in alone]
+    assert [[next(iter(p)) for p in json.loads(each)] for each in together["logprobs"]] == drawn
+    assert together["num_input_tokens"] == alone[0]["num_input_tokens"]
+    with pytest.raises(RequestFailedError, match="n must be 1 when streaming"):
+        client.generate([PROMPT], GREEDY | {"n": 2})
+
+
 @pytest.mark.parametrize(
     ("prompt", "sampling", "message"),
     [
@@ -194,7 +217,7 @@ def test_a_seed_is_repeatable_and_seeds_differ(client):
         ("é " * 290, GREEDY, "no room for an answer"),
         (PROMPT, {"max_tokens": 201}, "max_tokens must be an integer from 1 to 200"),
         (PROMPT, {"temperature": -1}, "temperature must be a number"),
-        (PROMPT, {"n": 2}, "'n' is not supported"),
+        (PROMPT, {"n": 17}, "n must be an integer from 1 to 16"),
         (PROMPT, {"temprature": 1}, "unknown sampling parameters: temprature"),
     ],
 )
