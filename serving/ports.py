@@ -19,7 +19,7 @@ def free_ports(count: int) -> list[int]:
             opened.close()
 
 
-def check_free(url: str) -> None:
+def check_free(url: str, remedy: str = "choose another") -> None:
     """Raise UserError when something listens on "host:port"."""
     host, _, port = url.rpartition(":")
     with socket.socket() as probe:
@@ -27,4 +27,4 @@ def check_free(url: str) -> None:
         try:
             probe.bind((host, int(port)))
         except OSError as error:
-            raise UserError(f"{url}: the port cannot be used ({error.strerror}); choose another") from error
+            raise UserError(f"{url}: the port cannot be used ({error.strerror})\n    {remedy}") from error

@@ -6,16 +6,12 @@ Standard library only. Standard input is a pipe that the owner keeps open and ne
 (the owner stopped the server, raised, or was killed) or a signal comes, tritonserver gets SIGTERM, after the
 grace period SIGKILL with its whole process group; then its shared memory and the work directory are removed.
 
-A server that has been ready once is restarted, on the same ports and with the models that were loaded, when
-
-- it has ended by itself,
-- one of its stubs (the processes that hold the models) has ended though its model counts as loaded, or
-- some model answered no probe for `probe_timeout_s`: an empty prompt, which the stub has to refuse by itself.
-
-Always the whole server: without its stub, tritonserver 2.51 goes on saying that it is ready, never ends the
-requests that were under way, refuses new ones, takes a load of the model for done, and now and then aborts.
-More than `max_restarts` in `restart_window_s` end everything with exit status 1; so does a server that was
-never ready, with its own status. Each step is a line in the log and on standard error.
+A server that was ready once is restarted, on the same ports and with the models that were loaded, when it
+ended, when one of its stubs (the processes that hold the models) ended though its model counts as loaded,
+and when a model answered no probe for `probe_timeout_s`: an empty prompt, which the stub has to refuse by
+itself. Always the whole server: what tritonserver does without its stub is told in docs/serving.md. More
+than `max_restarts` in `restart_window_s` end everything with exit status 1; so does a server that was never
+ready, with its own status. Each step is a line in the log and on standard error.
 """
 
 from __future__ import annotations
@@ -73,8 +69,7 @@ class Stub:
 
     def alive(self) -> bool:
         """Whether it still runs; a zombie does not."""
-        state, _, started = process_state(self.pid)
-        return state not in ("Z", "X") and started == self.started
+        return parent_and_start(self.pid)[1] == self.started
 
 
 class Server:
@@ -85,7 +80,7 @@ class Server:
         self.ready = False
         self.loaded: set[str] = set()
         self._stubs: list[Stub] = []
-        self._began = self._answered = self._looked = time.monotonic()
+        self._answered = self._looked = time.monotonic()
         self._ended = threading.Event()
         with Path(settings.log_file).open("ab") as log:
             self.process = subprocess.Popen(
@@ -97,14 +92,8 @@ class Server:
                 start_new_session=True,
             )
 
-    def age(self) -> float:
-        """Seconds since it was started."""
-        return time.monotonic() - self._began
-
     def becomes_ready(self) -> bool:
-        """Whether it is ready for the first time; from then on it is probed."""
-        if self.ready:
-            return False
+        """Whether it is ready now, where it was not before; from then on it is probed."""
         self._look_for_stubs()
         if self._ask("GET", f"/v2/models/{self.settings.model}/ready")[0] != 200:
             return False
@@ -130,11 +119,10 @@ class Server:
     def end(self, grace: float) -> None:
         """SIGTERM, wait, SIGKILL, shared memory. After a clean exit too: an orphaned stub spins forever."""
         self._ended.set()
-        if grace > 0 and self.process.poll() is None:
+        if grace > 0:
             self.process.terminate()
-            deadline = time.monotonic() + grace
-            while self.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS / 4)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(grace)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -225,15 +213,15 @@ class Supervisor:
 
     def _watch(self, server: Server, restarted: bool) -> str | None:
         """Why the server must be restarted; None when the owner is gone or a signal came."""
+        began = time.monotonic()
         while not self._owner_is_gone(POLL_SECONDS):
-            failure = server.failure()
-            if failure is not None:
+            if failure := server.failure():
                 return failure
-            if server.becomes_ready():
-                if restarted:
-                    self._say(f"ready again after {server.age():.1f} s")
-            elif restarted and not server.ready and server.age() > self.settings.start_timeout_s:
-                return f"not ready again after {server.age():.0f} s (start_timeout_s)"
+            waited = time.monotonic() - began
+            if not server.ready and server.becomes_ready() and restarted:
+                self._say(f"ready again after {waited:.1f} s")
+            elif not server.ready and restarted and waited > self.settings.start_timeout_s:
+                return f"not ready again after {waited:.0f} s (start_timeout_s)"
         return None
 
     def _may_restart(self, failure: str) -> bool:
@@ -263,13 +251,12 @@ class Supervisor:
         return True
 
     def _say(self, text: str) -> None:
-        line = f"supervisor: {time.strftime('%H:%M:%S')} {self.settings.model}: {text}\n"
+        line = f"supervisor: {time.strftime('%H:%M:%S')} {self.settings.model}: {text}"
         with Path(self.settings.log_file).open("a", encoding="utf-8") as log:
-            log.write(line)
+            print(line, file=log)
         # The owner's terminal may be gone.
         with contextlib.suppress(OSError):
-            sys.stderr.write(line)
-            sys.stderr.flush()
+            print(line, file=sys.stderr, flush=True)
 
 
 def find_stubs(parent: int) -> list[Stub]:
@@ -277,8 +264,8 @@ def find_stubs(parent: int) -> list[Stub]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         pid = int(entry.name)
-        state, owner, started = process_state(pid)
-        if owner != parent or state in ("Z", "X"):
+        owner, started = parent_and_start(pid)
+        if owner != parent:
             continue
         with contextlib.suppress(OSError):
             words = (entry / "cmdline").read_bytes().split(b"\0")
@@ -289,15 +276,15 @@ def find_stubs(parent: int) -> list[Stub]:
     return found
 
 
-def process_state(pid: int) -> tuple[str, int, str]:
-    """State letter, parent and start time of a process; ("X", 0, "") when there is none."""
+def parent_and_start(pid: int) -> tuple[int, str]:
+    """Parent and start time of a process; (0, "") when there is none, or a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "X", 0, ""
+        return 0, ""
     # The name, in parentheses, may hold anything.
     fields = text.rpartition(")")[2].split()
-    return fields[0], int(fields[1]), fields[19]
+    return (0, "") if fields[0] in ("Z", "X") else (int(fields[1]), fields[19])
 
 
 def main(arguments: list[str]) -> int:
