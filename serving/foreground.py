@@ -119,7 +119,7 @@ def find_export(run: Path) -> Path:
         if stage not in (None, "export"):
             raise UserError(
                 f"{run}: is a run of the stage {stage}, not an export\n"
-                f"    posttrain export model={run} --output {run}-export, and serve that"
+                "    make one of a model with `posttrain export model=RUN --output EXPORT`, and serve that"
             )
         return run
     details = json.loads(record.read_text(encoding="utf-8"))["details"]
@@ -226,11 +226,15 @@ def _serve_api(server: EmbeddedServer, run_gateway: RunGateway, file: Path) -> N
     watcher.start()
     try:
         run_gateway(file, ())
-        if not server.running():
-            raise _given_up(server)
+    except KeyboardInterrupt:
+        # Before the gateway catches signals; the watcher's too.
+        if server.running():
+            raise
     finally:
         finished.set()
         watcher.join()
+    if not server.running():
+        raise _given_up(server)
 
 
 def _given_up(server: EmbeddedServer) -> PosttrainError:

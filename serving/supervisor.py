@@ -34,7 +34,6 @@ from pathlib import Path
 POLL_SECONDS = 0.2
 ANSWER_SECONDS = 2.0
 PROBES_PER_TIMEOUT = 5
-LONGEST_PAUSE_SECONDS = 30.0
 STUB = b"triton_python_backend_stub"
 BROKEN = (b"is not healthy", b"engine has stopped")
 """How tritonserver and the stand-in's engine say that they cannot serve anything."""
@@ -193,18 +192,17 @@ class Supervisor:
 
     def run(self) -> int:
         """Exit status: tritonserver's own, or 1 where a signal ended it or it was given up."""
-        loaded: set[str] = set()
-        was_ready = False
+        loaded, was_ready = set[str](), False
         while True:
             loads = {f"--load-model={name}" for name in loaded} - set(self.command)
             server = Server(self.settings, self.command + sorted(loads))
             failure = None
             try:
                 failure = self._watch(server, was_ready)
-                was_ready = was_ready or server.ready
             finally:
                 # One that failed would wait for answers of a dead stub, and its clients with it.
-                server.end(0.0 if failure and was_ready else self.settings.grace_s)
+                server.end(0.0 if failure else self.settings.grace_s)
+            was_ready = was_ready or server.ready
             if failure is None or not was_ready:
                 return server.process.returncode if server.process.returncode >= 0 else 1
             loaded = server.loaded
@@ -226,16 +224,16 @@ class Supervisor:
 
     def _may_restart(self, failure: str) -> bool:
         """Say what happened and wait a little where it happened before; False: too often, or time to end."""
-        now, window = time.monotonic(), self.settings.restart_window_s
-        self._failures.append(now)
-        while self._failures[0] < now - window:
+        window = self.settings.restart_window_s
+        self._failures.append(time.monotonic())
+        while self._failures[0] < self._failures[-1] - window:
             self._failures.popleft()
         count = len(self._failures)
         if count > self.settings.max_restarts:
             self._say(f"{failure}; giving up after {count - 1} restarts in {window:g} s")
             return False
         self._say(f"{failure}; restarting tritonserver ({count} of {self.settings.max_restarts})")
-        pause = 0.0 if count == 1 else min(2.0 ** (count - 2), LONGEST_PAUSE_SECONDS)
+        pause = 0.0 if count == 1 else min(2.0 ** (count - 2), 30.0)
         return not self._owner_is_gone(pause)
 
     def _owner_is_gone(self, seconds: float) -> bool:
@@ -282,7 +280,6 @@ def parent_and_start(pid: int) -> tuple[int, str]:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return 0, ""
-    # The name, in parentheses, may hold anything.
     fields = text.rpartition(")")[2].split()
     return (0, "") if fields[0] in ("Z", "X") else (int(fields[1]), fields[19])
 

@@ -58,7 +58,9 @@ def _refused(*arguments: str | Path, says: tuple[str, ...]) -> None:
 
 def test_what_is_no_export_is_refused(tmp_path: Path, sft_run: Path) -> None:
     _refused(tmp_path, says=(f"{tmp_path}: is not an export", "make one with `posttrain export`"))
-    _refused(sft_run, says=(f"{sft_run}: is a run of the stage sft", f"posttrain export model={sft_run}"))
+    _refused(
+        sft_run, says=(f"{sft_run}: is a run of the stage sft", "make one of a model with `posttrain export")
+    )
     _refused(tmp_path / "absent", says=("there is no such run directory", "name the run directory"))
 
 
