@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain import __version__, cli_feedback, cli_gateway, cli_parity
+from posttrain import __version__, cli_feedback, cli_gateway, cli_parity, cli_serve
 from posttrain.cli_plan import add_plan
 from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
@@ -248,11 +248,16 @@ _EXAMPLES = {
     "eval": "models.sft=runs/tiny/sft-merged prompts=runs/tiny/prompts",
     "merge": "model=runs/tiny/sft",
     "export": "model=runs/tiny/sft-merged",
-    "serve": "export=runs/tiny/export prompts=runs/tiny/prompts",
 }
-"""Arguments of each stage's command for its help: settings as they are typed, or a file of one's own."""
+"""Arguments of each stage's command for its help: settings as they are typed, or a file of one's own.
+
+`serve` is also more than a stage, and has a command of its own.
+"""
 
 for _spec in STAGES.values():
+    if _spec.name == "serve":
+        cli_serve.register(app, _reporting, _run_stage)
+        continue
     _example = f"Example: posttrain {_spec.name} {_EXAMPLES[_spec.name]} --output runs/my-{_spec.name}"
     app.command(_spec.name, help=_spec.help, epilog=_example)(_stage_command(_spec.name))
 

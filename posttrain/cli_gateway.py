@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,6 +16,16 @@ from posttrain.errors import UserError
 SERVE = "serving.gateway.server:run"
 NEW_KEY = "serving.gateway.keys:describe_new_key"
 CHAT = "serving.chat:run"
+
+
+def load_gateway() -> Any:
+    """The function that runs a gateway. Raises UserError where its packages are not installed."""
+    from posttrain.registry import load
+
+    try:
+        return load(SERVE)
+    except ModuleNotFoundError as error:
+        raise UserError(f"the gateway needs {error.name}\n    pip install 'posttrain[gateway]'") from error
 
 
 def register(app: typer.Typer, reporting: Callable[[], AbstractContextManager[None]]) -> None:
@@ -41,21 +51,13 @@ def register(app: typer.Typer, reporting: Callable[[], AbstractContextManager[No
     ) -> None:
         """Serve an OpenAI-compatible API in front of Triton: keys, limits, canaries, metrics."""
         with reporting():
-            from posttrain.registry import load
-
             given = arguments or []
             if not given:
                 raise UserError(
                     "nothing to serve: name a YAML file\n    posttrain gateway --help shows an example"
                 )
             path = None if "=" in given[0] else Path(given[0])
-            try:
-                serve = load(SERVE)
-            except ModuleNotFoundError as error:
-                raise UserError(
-                    f"the gateway needs {error.name}\n    pip install 'posttrain[gateway]'"
-                ) from error
-            serve(path, given[1:] if path else given, check=check)
+            load_gateway()(path, given[1:] if path else given, check=check)
             if check:
                 print(f"{path or 'command line'}: valid", file=sys.stderr)
 

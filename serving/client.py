@@ -6,6 +6,7 @@ stream's errors do not name the request they belong to; hence one connection per
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import time
@@ -105,6 +106,8 @@ class TritonClient:
             RequestFailedError: the server's error, or no response in time.
         """
         grpc = import_grpc()
+        from tritonclient.utils import InferenceServerException
+
         inputs = grpc_inputs(grpc, prompt, sampling)
         responses: queue.Queue[tuple[Any, Any]] = queue.Queue()
         options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 2**31 - 1)]
@@ -112,9 +115,11 @@ class TritonClient:
         client.start_stream(lambda result, error: responses.put((result, error)))
         finished = False
         try:
-            client.async_stream_infer(
-                self.model_name, inputs, model_version=self.version, enable_empty_final_response=True
-            )
+            # Raised where the connection was lost before that; the callback gets the reason.
+            with contextlib.suppress(InferenceServerException):
+                client.async_stream_infer(
+                    self.model_name, inputs, model_version=self.version, enable_empty_final_response=True
+                )
             while not finished:
                 result, error = self._next(responses)
                 if error is not None:

@@ -10,9 +10,9 @@ after it however this one ends. What each argument and variable is for is said w
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,10 +21,12 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from posttrain.errors import PosttrainError, UserError
+from serving.ports import check_free, free_ports
 
 ENV_VARIABLE = "POSTTRAIN_TRITON_ENV"
 GRACE_SECONDS = 8.0
@@ -57,10 +59,23 @@ def _packages(environment: Path) -> Path:
     return environment / "lib"
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """When a server that was ready once is restarted, and how often; see serving/supervisor.py.
+
+    probe_timeout_s: seconds without an answer after which a model counts as hung. More than `max_restarts` in
+    `restart_window_s` seconds end the server.
+    """
+
+    probe_timeout_s: float = 10.0
+    max_restarts: int = 5
+    restart_window_s: float = 300.0
+
+
 class EmbeddedServer:
     """A context manager: inside, one model of a repository is being served; after it, nothing is left.
 
-    http_url, grpc_url, metrics_url: "127.0.0.1:port".
+    http_url, grpc_url, metrics_url: "127.0.0.1:port", the same after a restart.
     """
 
     def __init__(
@@ -72,20 +87,23 @@ class EmbeddedServer:
         *,
         http_port: int | None = None,
         grpc_port: int | None = None,
+        metrics_port: int | None = None,
         start_timeout_s: float = 300.0,
+        recovery: Recovery = Recovery(),
         on_wait: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """Ports are chosen free when None; `on_wait` gets the seconds waited, several times a second."""
+        """Ports without a number are chosen free; `on_wait` gets the seconds waited, many times a second."""
         self.repository = repository.absolute()
         self.model_name = model_name
         self.environment = environment
         self.log_file = log_file.absolute()
         self.start_timeout_s = start_timeout_s
+        self.recovery = recovery
         self.on_wait = on_wait
         ports = free_ports(3)
         self.http_url = f"127.0.0.1:{http_port or ports[0]}"
         self.grpc_url = f"127.0.0.1:{grpc_port or ports[1]}"
-        self.metrics_url = f"127.0.0.1:{ports[2]}"
+        self.metrics_url = f"127.0.0.1:{metrics_port or ports[2]}"
         self.shm_prefix = f"posttrain-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
         self._supervisor: subprocess.Popen[bytes] | None = None
 
@@ -108,8 +126,17 @@ class EmbeddedServer:
             check_free(url)
         work_dir = self._prepare()
         self.log_file.write_bytes(b"")
-        command = [sys.executable, "-I", str(_HERE / "supervisor.py")]
-        command += [str(work_dir), self.shm_prefix, str(GRACE_SECONDS), str(self.log_file), "--"]
+        settings = {
+            "work_dir": str(work_dir),
+            "shm_prefix": self.shm_prefix,
+            "log_file": str(self.log_file),
+            "url": self.http_url,
+            "model": self.model_name,
+            "grace_s": GRACE_SECONDS,
+            "start_timeout_s": self.start_timeout_s,
+            **asdict(self.recovery),
+        }
+        command = [sys.executable, "-I", str(_HERE / "supervisor.py"), json.dumps(settings), "--"]
         self._supervisor = subprocess.Popen(
             command + self._arguments(work_dir),
             stdin=subprocess.PIPE,
@@ -117,7 +144,7 @@ class EmbeddedServer:
             start_new_session=True,
         )
         try:
-            self._wait_until_ready()
+            self.wait_until_ready()
         except BaseException:
             self.stop()
             raise
@@ -137,12 +164,30 @@ class EmbeddedServer:
         self._supervisor = None
 
     def running(self) -> bool:
-        """Whether the server process is there."""
+        """Whether the server is there, or on its way back. False for good once the supervisor gave it up."""
         return self._supervisor is not None and self._supervisor.poll() is None
 
     def ready(self) -> bool:
         """Whether the model answers its readiness check."""
         return http_ok(f"http://{self.http_url}/v2/models/{self.model_name}/ready")
+
+    def wait_until_ready(self) -> None:
+        """Wait until the model answers: at the start, and after a failure for its coming back.
+
+        Raises PosttrainError with the end of the log when it never does.
+        """
+        started = time.monotonic()
+        while not self.ready():
+            waited = time.monotonic() - started
+            if not self.running():
+                raise PosttrainError(f"tritonserver ended before it was ready\n{self.log_tail()}")
+            if waited > self.start_timeout_s:
+                raise PosttrainError(
+                    f"tritonserver was not ready after {self.start_timeout_s:.0f} s (start_timeout_s)\n"
+                    f"{self.log_tail()}"
+                )
+            self.on_wait(waited)
+            time.sleep(POLL_SECONDS)
 
     def _prepare(self) -> Path:
         """A backend directory of our own and an empty working directory (which is on the stub's sys.path)."""
@@ -215,49 +260,16 @@ class EmbeddedServer:
             "TOKENIZERS_PARALLELISM": "false",
         }
 
-    def _wait_until_ready(self) -> None:
-        started = time.monotonic()
-        while not self.ready():
-            waited = time.monotonic() - started
-            if not self.running():
-                raise PosttrainError(f"tritonserver ended before it was ready\n{self.log_tail()}")
-            if waited > self.start_timeout_s:
-                raise PosttrainError(
-                    f"tritonserver was not ready after {self.start_timeout_s:.0f} s (start_timeout_s)\n"
-                    f"{self.log_tail()}"
-                )
-            self.on_wait(waited)
-            time.sleep(POLL_SECONDS)
-
     def log_tail(self, lines: int = 15) -> str:
         """Where the log is, and its last lines."""
         text = self.log_file.read_text(encoding="utf-8", errors="replace")
-        telling = [line for line in text.splitlines() if line.startswith("E") or "Error" in line]
+        telling = [
+            line
+            for line in text.splitlines()
+            if line.startswith(("E", "supervisor:", "terminate called")) or "Error" in line
+        ]
         shown = (telling or text.splitlines())[-lines:]
         return "\n".join([f"    log: {self.log_file}", *(f"    | {line[:300]}" for line in shown)])
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nothing listens on right now, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for opened in sockets:
-            opened.bind(("127.0.0.1", 0))
-        return [opened.getsockname()[1] for opened in sockets]
-    finally:
-        for opened in sockets:
-            opened.close()
-
-
-def check_free(url: str) -> None:
-    """Raise UserError when something listens on "host:port"."""
-    host, _, port = url.rpartition(":")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            raise UserError(f"{url}: the port cannot be used ({error.strerror}); choose another") from error
 
 
 def http_ok(url: str) -> bool:

@@ -258,3 +258,16 @@ def ending_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: P
         rows[[tokenizer.eos_token_id, chosen]] = rows[[chosen, tokenizer.eos_token_id]]
     model.save_pretrained(directory)
     return directory
+
+
+def processes_of(word: str) -> dict[int, list[str]]:
+    """Arguments by id of the processes that have `word` among them; a zombie has none."""
+    found = {}
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = entry.read_bytes().decode(errors="replace").split("\0")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if any(word in argument for argument in arguments):
+            found[int(entry.parent.name)] = arguments
+    return found

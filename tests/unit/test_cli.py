@@ -49,6 +49,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "pyarrow", "omegaco
         ["--help"],
         ["run", "--help"],
         ["sft", "--help"],
+        ["serve", "--help"],
         ["conformance", "--help"],
         ["gateway", "--help"],
         ["--version"],
@@ -107,7 +108,8 @@ def test_the_example_of_a_stage_is_a_valid_configuration(kind: str, tmp_path: Pa
     """Typed as the help shows it; where it names a file of one's own, that file holds the required fields."""
     (tmp_path / "my-ppo.yaml").write_text("{stage: ppo, model: a, reward: b, data: c}")
     [epilog] = [command.epilog for command in app.registered_commands if command.name == kind]
-    words = shlex.split(str(epilog))[3:]
+    [example] = [part for part in str(epilog).split("\n\n") if " --output " in part]
+    words = shlex.split(example)[3:]
     assert words[-2:] == ["--output", f"runs/my-{kind}"]
     file = tmp_path / words[0] if "=" not in words[0] else None
     block = load_stage_file(kind, file, words[1:-2] if file else words[:-2])
