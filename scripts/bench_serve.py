@@ -201,7 +201,9 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Setti
     parser.add_argument("--sides", nargs="+", choices=list(STARTS), default=list(STARTS))
     parser.add_argument("--concurrency", nargs="+", type=int, default=[1, 4, 16, 64], metavar="N")
     parser.add_argument("--repeats", type=int, default=1, help="measurements of each, taking turns")
-    parser.add_argument("--soak", type=int, metavar="N", help="requests of the memory test, through the gateway")
+    parser.add_argument(
+        "--soak", type=int, metavar="N", help="requests of the memory test, through the gateway"
+    )
     parser.add_argument("--preset", choices=sorted(PRESETS), default="cpu", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, concurrency 1 and 4, 400 to soak")
     parser.add_argument("--enforce", action="store_true", help="exit code 3 where a bar is missed")
@@ -298,7 +300,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     facts |= {name: Path(facts[name]).name for name in ("export", "weights")}
-    report = {"machine": machine("cpu", settings.threads), "settings": asdict(settings), "world": facts} | report
+    report = {
+        "machine": machine("cpu", settings.threads),
+        "settings": asdict(settings),
+        "world": facts,
+    } | report
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1), encoding="utf-8")
     show(report, settings)
