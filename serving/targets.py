@@ -23,7 +23,7 @@ from serving.repository import WEIGHTS
 from serving.weights import write_json
 
 _BACKEND = Path(__file__).resolve().parent / "backends" / "vllm"
-_BACKEND_MODULES = ("__init__.py", "adapters.py", "engine.py", "sampling.py")
+_BACKEND_MODULES = sorted(path.name for path in _BACKEND.glob("*.py") if path.name != "model.py")
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def test_streamed_pieces_make_the_whole_text_without_half_characters(loaded, mon
     answer = "é 日本 🙂 ok"
     wanted = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
     said = iter(wanted)
-    monkeypatch.setattr("serving.backends.vllm.engine.draw", lambda *_: next(said))
+    monkeypatch.setattr("serving.backends.vllm.engine.draw", lambda *_: [next(said)])
     engine = Engine(model, tokenizer, Limits(max_model_len=128))
     sink = _ask(engine, max_tokens=64).wait()
     engine.close()

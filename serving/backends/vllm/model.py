@@ -15,12 +15,12 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 import triton_python_backend_utils as pb_utils
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from serving.backends.vllm.engine import Engine, Limits, TokenLogprob, Update, useful_threads
+from serving.backends.vllm.engine import Engine, Limits, useful_threads
+from serving.backends.vllm.responses import Responder, send_error
 from serving.backends.vllm.sampling import RequestError, parse
 
 FLAGS = (
@@ -30,7 +30,6 @@ FLAGS = (
     "return_num_input_tokens",
     "return_num_output_tokens",
 )
-LAST = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
 class TritonPythonModel:
@@ -61,8 +60,10 @@ class TritonPythonModel:
             try:
                 prompt, stream, prepend, flags, parameters = read_request(request)
                 params = parse(parameters, self.limits.max_output_tokens)
-                responder = Responder(sender, stream, prompt if prepend else "", flags)
-                self.engine.submit(prompt, params, responder)
+                if stream and params.n > 1:
+                    raise RequestError("n must be 1 when streaming")
+                responder = Responder(sender, stream, prompt if prepend else "", flags, params.n)
+                self.engine.submit(prompt, params, *responder.sinks)
             except RequestError as error:
                 send_error(sender, str(error), error.unavailable)
 
@@ -137,81 +138,3 @@ def _text(request: Any, name: str) -> str | None:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{name} is not valid UTF-8: {error}") from error
-
-
-class Responder:
-    """Turns an answer's updates into Triton responses: one each when streaming, otherwise one in all."""
-
-    def __init__(self, sender: Any, stream: bool, prefix: str, flags: set[str]) -> None:
-        self.sender = sender
-        self.stream = stream
-        self.prefix = prefix
-        self.flags = flags
-        self.pending: list[Update] = []
-        self.cumulative_logprob = 0.0
-
-    def update(self, update: Update) -> None:
-        """Send, or keep for the final response."""
-        self.pending.append(update)
-        self.cumulative_logprob += update.logprob
-        last = update.finish_reason is not None
-        if self.stream or last:
-            self.sender.send(pb_utils.InferenceResponse(self._tensors()), flags=LAST if last else 0)
-            self.pending = []
-
-    def fail(self, message: str, unavailable: bool) -> None:
-        """Send the error as the final response."""
-        send_error(self.sender, message, unavailable)
-
-    def cancelled(self) -> bool:
-        """Whether the client went away; then the stream is closed here, since nothing else will."""
-        if not self.sender.is_cancelled():
-            return False
-        error = pb_utils.TritonError("the request was cancelled", pb_utils.TritonError.CANCELLED)
-        self.sender.send(pb_utils.InferenceResponse(error=error), flags=LAST)
-        return True
-
-    def _tensors(self) -> list[Any]:
-        last = self.pending[-1]
-        text = self.prefix + "".join(update.text for update in self.pending)
-        tensors = [_strings("text_output", text)]
-        if "return_finish_reason" in self.flags:
-            tensors.append(_strings("finish_reason", str(last.finish_reason)))
-        if "return_cumulative_logprob" in self.flags:
-            total = np.array([self.cumulative_logprob], dtype=np.float32)
-            tensors.append(pb_utils.Tensor("cumulative_logprob", total))
-        if "return_logprobs" in self.flags:
-            tensors.append(_strings("logprobs", logprobs_json([update.logprobs for update in self.pending])))
-        if "return_num_input_tokens" in self.flags:
-            count = np.array([last.num_input_tokens], dtype=np.uint32)
-            tensors.append(pb_utils.Tensor("num_input_tokens", count))
-        if "return_num_output_tokens" in self.flags:
-            count = np.array([len(self.pending)], dtype=np.uint32)
-            tensors.append(pb_utils.Tensor("num_output_tokens", count))
-        return tensors
-
-
-def logprobs_json(positions: list[tuple[TokenLogprob, ...] | None]) -> str:
-    """The `logprobs` output: per position {token id: {logprob, rank, decoded_token}}, the drawn one first."""
-    if any(position is None for position in positions):
-        return "null"
-    return json.dumps(
-        [
-            {
-                str(c.token_id): {"logprob": c.logprob, "rank": c.rank, "decoded_token": c.text}
-                for c in position
-            }
-            for position in positions
-            if position is not None
-        ]
-    )
-
-
-def send_error(sender: Any, message: str, unavailable: bool) -> None:
-    """Close a request with INVALID_ARG, or UNAVAILABLE where the fault is the server's."""
-    code = pb_utils.TritonError.UNAVAILABLE if unavailable else pb_utils.TritonError.INVALID_ARG
-    sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code)), flags=LAST)
-
-
-def _strings(name: str, text: str) -> Any:
-    return pb_utils.Tensor(name, np.array([text.encode("utf-8")], dtype=np.object_))

@@ -1,4 +1,4 @@
-"""Sampling parameters of vLLM: what the stand-in accepts, what it refuses, and how a token is drawn.
+"""Sampling parameters of vLLM: what the stand-in accepts and what it refuses.
 
 Defaults and meanings are vLLM's (docs.vllm.ai, SamplingParams): temperature 1.0, max_tokens 16, temperature 0
 is greedy, top_k 0 or -1 is off, `logprobs: n` returns the drawn token and the n likeliest. A parameter that
@@ -12,12 +12,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
+MAX_ANSWERS = 16
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1, None),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -51,6 +49,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     lora_name: str | None = None
+    n: int = 1
 
     @property
     def greedy(self) -> bool:
@@ -87,6 +86,7 @@ def parse(text: str, max_output_tokens: int) -> SamplingParams:
         ignore_eos=_boolean(raw, "ignore_eos", False),
         logprobs=None if raw.get("logprobs") is None else _integer(raw, "logprobs", 0, 0, MAX_LOGPROBS),
         lora_name=_name(raw.get("lora_name")),
+        n=_integer(raw, "n", 1, 1, MAX_ANSWERS),
     )
 
 
@@ -140,22 +140,3 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def draw(logits_V: torch.Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """Next token: temperature first, then top-k, then top-p on what is left, as vLLM orders them.
-
-    Args:
-        logits_V: raw next-token logits, float32.
-        params: temperature, top_k and top_p are read.
-        generator: the request's own source of randomness.
-    """
-    if params.greedy:
-        return int(logits_V.argmax())
-    sorted_V, ids_V = (logits_V / params.temperature).sort(descending=True, stable=True)
-    if params.top_k:
-        sorted_V, ids_V = sorted_V[: params.top_k], ids_V[: params.top_k]
-    probs_V = torch.softmax(sorted_V.double(), dim=-1)
-    before_V = probs_V.cumsum(dim=-1) - probs_V
-    probs_V = probs_V.masked_fill(before_V >= params.top_p, 0.0)
-    return int(ids_V[torch.multinomial(probs_V, 1, generator=generator)])
