@@ -1,4 +1,4 @@
-"""What `bench_serve.py` asks besides throughput: short requests behind long ones, memory, and the verdicts."""
+"""What `bench_serve.py` asks besides throughput: short requests behind long ones, memory, the verdicts."""
 
 from __future__ import annotations
 

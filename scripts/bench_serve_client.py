@@ -154,7 +154,7 @@ def read_answer(sample: Sample, pieces: Sequence[tuple[float, bytes]]) -> None:
 
 
 class HttpLoad:
-    """Requests to an OpenAI-compatible server. usage: ask for the usage, where the server needs to be asked."""
+    """Requests to an OpenAI-compatible server. usage: ask for it, where the server sends none unasked."""
 
     def __init__(self, port: int, model: str, usage: bool) -> None:
         self.port = port

@@ -83,7 +83,7 @@ def worker(world: World, kind: str) -> Side:
     """Sides without a server: a process of the Triton environment that is asked over a pipe."""
     files = [str(world.folder / f"{name}.json") for name in ("settings", "world", "requests")]
     command = [str(world.environment / "bin/python3"), str(SCRIPTS / "bench_serve_engine.py"), kind, *files]
-    log = world.stack.enter_context(open(world.folder / f"{kind}.log", "w", encoding="utf-8"))
+    log = world.stack.enter_context((world.folder / f"{kind}.log").open("w", encoding="utf-8"))
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     process = world.stack.enter_context(
         subprocess.Popen(
@@ -166,7 +166,7 @@ def start_process(
     world: World, command: list[str], log: Path, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
     """A server process, ended with the run."""
-    file = world.stack.enter_context(open(log, "wb"))
+    file = world.stack.enter_context(log.open("wb"))
     process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
 
     def end() -> None:

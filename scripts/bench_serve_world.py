@@ -1,9 +1,9 @@
 """Model, export and requests of `bench_serve.py`, made once and used by every side.
 
-    python scripts/bench_serve_world.py FOLDER [--tokenizer DIR | --export RUN]   (FOLDER/settings.json is there)
+    python scripts/bench_serve_world.py FOLDER [--tokenizer DIR | --export RUN]
 
-Makes `model/` and `export/` (random weights, exported by our own stage) unless an export is given, and
-`requests.json`: texts of the support-desk world, cut to their lengths.
+FOLDER/settings.json is there. Makes `model/` and `export/` (random weights, exported by our own stage) unless
+an export is given, and `requests.json`: texts of the support-desk world, cut to their lengths.
 
 The random model never ends an answer, so that lengths are the ones asked for on every side, also where a
 server has no `ignore_eos`: the head's rows are zero for special tokens, for ids that the tokenizer does not
