@@ -106,6 +106,21 @@ def test_a_graph_that_differs_is_found(export, tiny_reward_dir, tmp_path):
     assert compare_with_torch(make_scorer(model, moved), path, 300, 256, 0) > 1e-5
 
 
+BACKEND_MODULES = (
+    "__init__",
+    "adapters",
+    "batching",
+    "detokenise",
+    "drawing",
+    "engine",
+    "responses",
+    "sampling",
+    "sequences",
+    "support",
+    "turns",
+)
+
+
 def test_the_python_target_brings_the_code_it_needs(export, tiny_model_dir):
     run_dir = export("triton-python", tiny_model_dir)
     names = {name for name in file_names(run_dir / "model_repository" / "desk") if "weights" not in name}
@@ -115,7 +130,7 @@ def test_the_python_target_brings_the_code_it_needs(export, tiny_model_dir):
         "1/model.py",
         "1/serving/__init__.py",
         "1/serving/backends/__init__.py",
-        *(f"1/serving/backends/vllm/{name}.py" for name in ("__init__", "adapters", "engine", "sampling")),
+        *(f"1/serving/backends/vllm/{name}.py" for name in BACKEND_MODULES),
     }
     config = (run_dir / "model_repository" / "desk" / "config.pbtxt").read_text()
     assert 'backend: "python"' in config

@@ -186,6 +186,16 @@ def test_a_seed_is_repeatable_and_seeds_differ(client):
     assert sample(3).token_ids == sample(3).token_ids != sample(4).token_ids
 
 
+def test_several_answers_of_one_request_come_in_one_response(client, server):
+    sampling = {"temperature": 1.0, "max_tokens": 12, "seed": 3, "logprobs": 0}
+    alone = [client.generate_http(PROMPT, sampling | {"seed": 3 + number}) for number in range(3)]
+    answer = client.generate_http(PROMPT, sampling | {"n": 3})
+    for output in ("text_output", "finish_reason", "num_output_tokens", "logprobs"):
+        assert answer[output] == [each[output] for each in alone]
+    with pytest.raises(RequestFailedError, match="n must be 1 when streaming"):
+        client.generate([PROMPT], sampling | {"n": 2})
+
+
 @pytest.mark.parametrize(
     ("prompt", "sampling", "message"),
     [
@@ -194,7 +204,7 @@ def test_a_seed_is_repeatable_and_seeds_differ(client):
         ("é " * 290, GREEDY, "no room for an answer"),
         (PROMPT, {"max_tokens": 201}, "max_tokens must be an integer from 1 to 200"),
         (PROMPT, {"temperature": -1}, "temperature must be a number"),
-        (PROMPT, {"n": 2}, "'n' is not supported"),
+        (PROMPT, {"n": 17}, "n must be an integer from 1 to 16"),
         (PROMPT, {"temprature": 1}, "unknown sampling parameters: temprature"),
     ],
 )

@@ -184,33 +184,116 @@ def test_a_full_queue_is_said_so(loaded):
     assert caught.value.unavailable
 
 
-def test_a_failed_request_fails_alone(loaded, monkeypatch):
-    calls = iter([RuntimeError("boom")])
+def test_a_failed_request_fails_alone(engine, loaded):
+    """Of two requests in one batch, the output of one stops being finite."""
+    model, tokenizer = loaded
+    bad_token = tokenizer("~")["input_ids"][-1]
 
-    def fail_once(logits, params, generator):
-        for error in calls:
-            raise error
-        return int(logits.argmax())
+    bad_positions = []
 
-    monkeypatch.setattr("serving.backends.vllm.engine.draw", fail_once)
-    engine = Engine(*loaded, Limits(max_model_len=128))
-    assert _ask(engine).wait().error == "generation failed: boom"
-    assert len(_ask(engine, ignore_eos=True).wait().ids) == 12
+    def find(module, inputs):
+        bad_positions[:] = (inputs[0] == bad_token).nonzero().tolist()
+
+    def spoil(module, inputs, output):
+        for position in bad_positions:
+            output[tuple(position)] = float("nan")
+
+    hooks = [
+        model.get_input_embeddings().register_forward_pre_hook(find),
+        model.model.norm.register_forward_hook(spoil),
+    ]
+    good, bad = _ask(engine, ignore_eos=True, max_tokens=30), _ask(engine, PROMPT + "~")
+    bad.wait()
+    good.wait()
+    for hook in hooks:
+        hook.remove()
+    assert "generation failed" in bad.error
+    assert not bad.unavailable
+    assert good.ids == _generate(loaded, PROMPT, 30)
+
+
+class _BrokenSink(Collector):
+    def update(self, update):
+        super().update(update)
+        raise ConnectionError("gone")
+
+
+def test_a_broken_sink_costs_its_own_request_only(engine, loaded):
+    broken = _BrokenSink()
+    engine.submit(PROMPT, SamplingParams(temperature=0.0, ignore_eos=True), broken)
+    assert _ask(engine, ignore_eos=True).wait().ids == _generate(loaded, PROMPT, 12)
+    assert len(broken.updates) == 1
+
+
+def _failing(model, times):
+    """Make the model's forward pass raise for so many times; returns the hook."""
+    calls = iter(range(times))
+
+    def fail(module, inputs):
+        for number in calls:
+            raise RuntimeError(f"boom {number}")
+
+    return model.model.layers[1].register_forward_pre_hook(fail)
+
+
+def test_a_failure_of_the_loop_fails_live_requests_and_the_next_is_answered(engine, loaded):
+    engine_thread = engine._thread
+    live = [_ask(engine, ignore_eos=True, max_tokens=100) for _ in range(2)]
+    while not all(sink.updates for sink in live):
+        live[0].ended.wait(0.001)
+    hook = _failing(loaded[0], 1)
+    for sink in live:
+        assert "the engine failed (RuntimeError: boom 0)" in sink.wait().error
+        assert sink.unavailable
+    hook.remove()
+    assert _ask(engine, ignore_eos=True).wait().ids == _generate(loaded, PROMPT, 12)
+    assert engine._thread is engine_thread
+    assert engine_thread.is_alive()
+
+
+def test_an_engine_that_only_fails_stops_and_nobody_hangs(loaded):
+    engine = Engine(*loaded, Limits(max_model_len=128, max_active=1))
+    hook = _failing(loaded[0], 1000)
+    sinks = [_ask(engine) for _ in range(5)]
+    for sink in sinks:
+        assert sink.wait().unavailable
     engine.close()
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_nobody_hangs_when_the_engine_dies(loaded, monkeypatch):
-    def die(*_):
-        raise MemoryError
-
-    monkeypatch.setattr("serving.backends.vllm.engine.draw", die)
-    engine = Engine(*loaded, Limits(max_model_len=128))
-    sink = _ask(engine).wait()
-    assert "engine has stopped" in sink.error
-    assert sink.unavailable
-    engine.close()
+    hook.remove()
+    assert "the engine failed (RuntimeError: boom 0)" in sinks[0].error
+    assert (
+        "the engine has stopped after 3 failures in a row, the last one: RuntimeError: boom 2"
+        in sinks[4].error
+    )
     assert "engine has stopped" in _ask(engine).wait().error
+
+
+def test_closing_finishes_what_is_being_served(loaded):
+    engine = Engine(*loaded, Limits(max_model_len=128, max_active=2))
+    sinks = [_ask(engine, ignore_eos=True, max_tokens=20) for _ in range(5)]
+    engine.close()
+    assert [len(sink.ids) for sink in sinks] == [20] * 5
+    assert "engine has stopped" in _ask(engine).wait().error
+
+
+def test_several_answers_of_one_request_have_seeds_of_their_own(engine):
+    params = SamplingParams(seed=7, max_tokens=15, ignore_eos=True)
+    sinks = [Collector() for _ in range(3)]
+    engine.submit(PROMPT, params, *sinks)
+    alone = [_ask(engine, temperature=1.0, seed=7 + i, max_tokens=15, ignore_eos=True) for i in range(3)]
+    assert [sink.wait().ids for sink in sinks] == [sink.wait().ids for sink in alone]
+    assert len({tuple(sink.ids) for sink in sinks}) == 3
+
+
+def test_answers_do_not_depend_on_room_or_on_how_prompts_are_cut(loaded, monkeypatch):
+    """A cache with room for one longest request, and prompts read in pieces of a few tokens."""
+    monkeypatch.setattr("serving.backends.vllm.batching.CACHE_BYTES", 1)
+    monkeypatch.setattr("serving.backends.vllm.batching.MAX_BATCH_TOKENS", 8)
+    engine = Engine(*loaded, Limits(max_model_len=128, max_active=4))
+    prompts = [PROMPT + "x " * count for count in range(0, 16, 2)]
+    sinks = [_ask(engine, prompt, ignore_eos=True, max_tokens=20) for prompt in prompts]
+    for prompt, sink in zip(prompts, sinks, strict=True):
+        assert sink.wait().ids == _generate(loaded, prompt, 20)
+    engine.close()
 
 
 @pytest.fixture(scope="module")

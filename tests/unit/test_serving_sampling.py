@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from serving.backends.vllm.sampling import RequestError, SamplingParams, draw, parse
+from serving.backends.vllm.drawing import draw
+from serving.backends.vllm.sampling import RequestError, SamplingParams, parse
 
 
 def test_defaults_are_those_of_vllm():
@@ -63,7 +64,9 @@ def test_values_are_taken_over():
         ('{"ignore_eos": 1}', "ignore_eos must be true or false"),
         ('{"logprobs": 21}', "logprobs must be an integer from 0 to 20"),
         ('{"temprature": 1}', "unknown sampling parameters: temprature"),
-        ('{"n": 2}', "'n' is not supported"),
+        ('{"n": 0}', "n must be an integer from 1 to 16"),
+        ('{"n": 17}', "n must be an integer from 1 to 16"),
+        ('{"n": 2, "best_of": 2}', "'best_of' is not supported"),
         ('{"repetition_penalty": 1.1}', "'repetition_penalty' is not supported"),
         ('{"lora_name": 3}', "lora_name must be a string"),
     ],
@@ -75,12 +78,14 @@ def test_refusals(text, message):
 
 def _frequencies(logits, params, count=4000):
     generator = torch.Generator().manual_seed(0)
-    drawn = Counter(draw(logits, params, generator) for _ in range(count))
-    return {token: number / count for token, number in drawn.items()}
+    rows = draw(logits.expand(count, -1), [params] * count, [generator] * count)
+    return {token: number / count for token, number in Counter(rows).items()}
 
 
 def test_greedy_takes_the_likeliest():
-    assert draw(torch.tensor([0.1, 3.0, 2.9]), SamplingParams(temperature=0.0), torch.Generator()) == 1
+    assert draw(torch.tensor([[0.1, 3.0, 2.9]]), [SamplingParams(temperature=0.0)], [torch.Generator()]) == [
+        1
+    ]
 
 
 def test_draws_follow_the_tempered_softmax():
@@ -101,13 +106,37 @@ def test_top_k_and_top_p_cut_the_tail():
     assert set(_frequencies(logits, SamplingParams(top_k=2, top_p=0.55), 500)) == {1}
 
 
+def _draws(logits, params, seed, count=8):
+    generator = torch.Generator().manual_seed(seed)
+    return [draw(logits[None], [params], [generator])[0] for _ in range(count)]
+
+
 def test_the_seed_decides():
-    logits = torch.zeros(50)
-    params = SamplingParams(temperature=1.0)
+    logits, params = torch.zeros(50), SamplingParams(temperature=1.0)
+    assert _draws(logits, params, 1) == _draws(logits, params, 1)
+    assert _draws(logits, params, 1) != _draws(logits, params, 2)
 
-    def draws(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return [draw(logits, params, generator) for _ in range(8)]
 
-    assert draws(1) == draws(1)
-    assert draws(1) != draws(2)
+def test_what_is_drawn_does_not_depend_on_the_other_rows():
+    kinds = [
+        SamplingParams(temperature=0.0),
+        SamplingParams(temperature=0.7),
+        SamplingParams(top_p=0.9),
+        SamplingParams(top_k=5, top_p=0.8),
+        SamplingParams(top_k=5),
+        SamplingParams(temperature=2.0, top_p=0.99),
+    ]
+    logits = torch.randn(len(kinds), 300, generator=torch.Generator().manual_seed(0)) * 3
+    together = draw(logits, kinds, [torch.Generator().manual_seed(seed) for seed in range(len(kinds))])
+    alone = [
+        _draws(row, params, seed, 1)[0] for seed, (row, params) in enumerate(zip(logits, kinds, strict=True))
+    ]
+    assert together == alone
+
+
+def test_the_nucleus_of_a_large_vocabulary_is_the_same_when_few_tokens_are_sorted(monkeypatch):
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(0)) * 4
+    params = SamplingParams(top_p=0.9)
+    few = _draws(logits, params, 3, 50)
+    monkeypatch.setattr("serving.backends.vllm.drawing.NUCLEUS_CANDIDATES", 5000)
+    assert few == _draws(logits, params, 3, 50)

@@ -100,8 +100,8 @@ class PagedBatch:
         if self.adapters is not None:
             self.adapters.use(spans, ends if self._keeps_logits else None)
         batch = inputs.get_model_kwargs()
-        # There is a mask, so it says nothing; but transformers would keep it in the shared configuration during
-        # the pass, and what another thread generates with the same model would come out wrong.
+        # There is a mask, so it says nothing; but transformers would keep it in the shared configuration for the
+        # length of the pass, and what another thread generates with the model would come out wrong.
         del batch["is_causal"]
         ends_R = batch["logits_indices"][: len(ends)]
         if self._keeps_logits:
