@@ -217,12 +217,21 @@ def post_json(url: str, body: Any, timeout_s: float) -> tuple[int, str]:
         return error.code, error.read().decode("utf-8", errors="replace")
 
 
-def grpc_inputs(grpc: Any, prompt: str, sampling: dict[str, Any]) -> list[Any]:
-    """The tensors of one streamed request with every output asked for. grpc: tritonclient.grpc."""
+def grpc_inputs(
+    grpc: Any, prompt: str, sampling: dict[str, Any], outputs: Sequence[str] = OUTPUT_FLAGS
+) -> list[Any]:
+    """The tensors of one streamed request.
+
+    Args:
+        grpc: tritonclient.grpc.
+        prompt: rendered text, sent as it is.
+        sampling: vLLM sampling parameters.
+        outputs: which of OUTPUT_FLAGS to ask for. Each is one more tensor in every response.
+    """
     import numpy as np
 
     texts = {"text_input": prompt, "sampling_parameters": json.dumps(sampling)}
-    flags = {"stream": True} | dict.fromkeys(OUTPUT_FLAGS, True)
+    flags = {"stream": True} | dict.fromkeys(outputs, True)
     inputs = []
     for name, text in texts.items():
         inputs.append(grpc.InferInput(name, [1], "BYTES"))

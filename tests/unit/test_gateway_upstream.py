@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +17,7 @@ from serving.gateway.prompts import ExportLimits, Prompt, Renderer
 from serving.gateway.routes import Model, Router, Table, Version
 from serving.gateway.schemas import CompletionRequest
 from serving.gateway.service import Service
-from serving.gateway.upstream import Piece, Target, Upstream, UpstreamError
+from serving.gateway.upstream import Candidate, Piece, Target, Upstream, UpstreamError, read_piece
 
 NOWHERE = "127.0.0.1:1"
 ALICE = ApiKey(name="alice", sha256=hash_key("secret"))
@@ -172,3 +173,33 @@ def test_a_copy_that_finds_its_connection_closed_has_failed():
         assert outcomes(service, "m") == {"left_out": 0, "failed": 1, "answered": 0}
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("text", ["", " caf\u00e9 \U0001f600", "None"])
+@pytest.mark.parametrize(
+    "logprobs", [None, "null", json.dumps([{"7": {"logprob": -0.5, "decoded_token": "x"}}])]
+)
+def test_a_response_is_read_as_tritonclient_reads_it(text: str, logprobs: str | None):
+    import numpy as np
+    from tritonclient.grpc import InferResult, service_pb2
+    from tritonclient.utils import serialize_byte_tensor
+
+    values: dict[str, Any] = {"text_output": text, "finish_reason": "stop"}
+    values |= {"num_input_tokens": 70_000, "num_output_tokens": 1}
+    values |= {} if logprobs is None else {"logprobs": logprobs}
+    response = service_pb2.ModelInferResponse()
+    for name, value in values.items():
+        is_text = isinstance(value, str)
+        response.outputs.add(name=name, datatype="BYTES" if is_text else "UINT32", shape=[1])
+        array = (
+            np.array([value.encode()], dtype=np.object_) if is_text else np.array([value], dtype=np.uint32)
+        )
+        raw = serialize_byte_tensor(array).item() if is_text else array.tobytes()
+        response.raw_output_contents.append(raw)
+    read = {name: InferResult(response).as_numpy(name)[0] for name in values}
+    piece = read_piece(response)
+    assert piece.text.encode() == read["text_output"]
+    assert (piece.finish_reason or "").encode() == read["finish_reason"]
+    assert (piece.input_tokens, piece.output_tokens) == (read["num_input_tokens"], read["num_output_tokens"])
+    asked = logprobs not in (None, "null")
+    assert piece.positions == ([[Candidate("x", -0.5)]] if asked else [])
