@@ -22,10 +22,13 @@ from serving.gateway.errors import ApiError, unknown_model
 from serving.gateway.exchange import Exchange
 from serving.gateway.guard import ClientGoneError
 from serving.gateway.metrics import Metrics
+from serving.gateway.page import add_page, add_settings
 from serving.gateway.routes import SEPARATOR, Router, allowed, describe
 from serving.gateway.schemas import ApiModel, ChatRequest, CompletionRequest
 from serving.gateway.service import AnyRequest, Job, Service, events
 from serving.gateway.upstream import Piece
+from serving.gateway.votes import add_votes
+from serving.monitor.votes import VoteStore
 
 Result = TypeVar("Result")
 READY_TTL_SECONDS = 1.0
@@ -89,14 +92,23 @@ class EventStream(StreamingResponse):
             await self.end()
 
 
-def create_app(router: Router, service: Service, metrics: Metrics, control: Control) -> FastAPI:
-    """The application behind the guard."""
+def create_app(
+    router: Router,
+    service: Service,
+    metrics: Metrics,
+    control: Control,
+    votes: VoteStore | None = None,
+    page: str | None = None,
+) -> FastAPI:
+    """The application behind the guard. page: GatewayConfig.authentication where the web page is served."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await service.close()
         await router.close()
+        if votes is not None:
+            await asyncio.to_thread(votes.close)
 
     app = FastAPI(
         title="posttrain gateway",
@@ -109,6 +121,10 @@ def create_app(router: Router, service: Service, metrics: Metrics, control: Cont
     )
     add_error_handlers(app)
     _add_api(app, router, service, control)
+    add_votes(app, router, service, votes)
+    add_settings(app, router, service, votes is not None)
+    if page is not None:
+        add_page(app, page)
     _add_health(app, router, metrics, control)
     _add_admin(app, router, metrics, control)
     return app

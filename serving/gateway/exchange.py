@@ -10,11 +10,15 @@ from dataclasses import dataclass, field
 from serving.gateway.answers import Tally
 from serving.gateway.keys import ApiKey
 
-ENDPOINTS = frozenset(
+PAGE_PATHS = frozenset({"/", "/page.css", "/page.js", "/api.js", "/icon.svg"})
+"""The files of the web page."""
+ENDPOINTS = PAGE_PATHS | frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/models",
+        "/v1/votes",
+        "/v1/page",
         "/health",
         "/health/live",
         "/health/ready",

@@ -33,6 +33,7 @@ from serving.gateway.metrics import Metrics
 from serving.gateway.protocol import MAX_HEADER_BYTES, bounded_protocol
 from serving.gateway.routes import Router, describe, load_renderers
 from serving.gateway.service import Service
+from serving.monitor.votes import VoteStore
 
 SPARE_FILES = 256
 KEEP_ALIVE_SECONDS = 15
@@ -50,8 +51,12 @@ class Gateway:
         self.router = Router(config.limits, self.threads)
         self.service = Service(self.router, self.metrics, config.limits.max_messages)
         self.control = Control(self.reload_for_admin)
-        app = create_app(self.router, self.service, self.metrics, self.control)
-        self.guard = Guard(app, config, load_keys(config, os.environ), self.metrics)
+        keys = load_keys(config, os.environ)
+        database = config.monitoring.database
+        self.votes = VoteStore(Path(database)) if database else None
+        page = config.authentication if config.serves_page else None
+        app = create_app(self.router, self.service, self.metrics, self.control, self.votes, page)
+        self.guard = Guard(app, config, keys, self.metrics)
         self._reloading = asyncio.Lock()
 
     async def start(self) -> None:

@@ -1,0 +1,1 @@
+"""What is kept about served traffic, in one SQLite file."""
