@@ -10,8 +10,18 @@ from dataclasses import dataclass, field
 from serving.gateway.answers import Tally
 from serving.gateway.keys import ApiKey
 
-PAGE_PATHS = frozenset({"/", "/page.css", "/page.js", "/api.js", "/icon.svg"})
-"""The files of the web page."""
+PAGE_FILES = (
+    "page.css",
+    "conversation.css",
+    "page.js",
+    "settings.js",
+    "panes.js",
+    "dom.js",
+    "api.js",
+    "icon.svg",
+)
+PAGE_PATHS = frozenset({"/", *(f"/{name}" for name in PAGE_FILES)})
+"""The web page and its files."""
 ENDPOINTS = PAGE_PATHS | frozenset(
     {
         "/v1/chat/completions",

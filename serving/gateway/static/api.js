@@ -40,7 +40,7 @@ function sentence(text) {
   return /[.!?]$/.test(capital) ? capital : `${capital}.`;
 }
 
-export async function settings(key) {
+export async function describe(key) {
   return (await call("/v1/page", key)).json();
 }
 
