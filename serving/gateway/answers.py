@@ -37,7 +37,7 @@ class Tally:
         self.completion_tokens += piece.output_tokens
         if piece.finish_reason is not None:
             self.unfinished -= 1
-            self.finish_reason = None if self.unfinished else piece.finish_reason
+            self.finish_reason = None if self.unfinished > 0 else piece.finish_reason
 
     def usage(self) -> dict[str, int]:
         """OpenAI's usage object."""

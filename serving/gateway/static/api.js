@@ -35,7 +35,7 @@ async function explain(response) {
   return message;
 }
 
-function sentence(text) {
+export function sentence(text) {
   const capital = text.charAt(0).toUpperCase() + text.slice(1);
   return /[.!?]$/.test(capital) ? capital : `${capital}.`;
 }

@@ -1,6 +1,6 @@
 // The page: one conversation in each mode, settings, and what can be done when.
 
-import { ApiFailure, describe } from "/api.js";
+import { ApiFailure, describe, sentence } from "/api.js";
 import { alarm, byId, follow, make, say } from "/dom.js";
 import { Ballot, Pane, reveal } from "/panes.js";
 import { SLIDERS, limitTokens, sampling, showModels, showSliders, store, stored } from "/settings.js";
@@ -76,7 +76,7 @@ function show() {
   byId("welcome").hidden = conversation.node.childElementCount > 0;
   const [title, text] = ready ? WELCOME[mode] : ["Connect first", "Enter an API key of this gateway."];
   byId("welcome-title").textContent = title;
-  const votes = ready && comparing && !known.votes.kept ? ` No votes: ${known.votes.reason}.` : "";
+  const votes = ready && comparing && !known.votes.kept ? ` ${sentence(known.votes.reason)}` : "";
   byId("welcome-text").textContent = known && !ready ? "This key may use no model." : text + votes;
   const keys = "Enter sends · Shift+Enter breaks the line · Esc stops";
   byId("hint").textContent = conversation.ballot ? "Keys 1 to 4 vote" : keys;
@@ -177,7 +177,7 @@ async function compare(round, signal) {
   }
   if (!known.votes.kept) {
     reveal(panes, versions);
-    follow(() => round.node.append(make("p", "note", `No vote: ${known.votes.reason}.`)));
+    follow(() => round.node.append(make("p", "note", sentence(known.votes.reason))));
     say("Both answers complete");
     return;
   }

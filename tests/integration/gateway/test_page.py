@@ -58,6 +58,8 @@ class Visit:
         self.page.on("console", lambda message: self.console.append(message.text))
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("request", self._note)
+        self.ids: list[str] = []
+        self.page.on("response", lambda response: self.ids.append(response.headers.get("x-request-id", "")))
 
     def _note(self, request: Any) -> None:
         self.urls.append(request.url)
@@ -83,17 +85,18 @@ class Visit:
         expect(done).to_have_count(count)
         return [words.text_content() for words in done.locator(".text").all()]
 
-    def compare(self, a: str, b: str, *, blind: bool, seed: int = 5, max_tokens: int = 20) -> None:
+    def compare(self, a: str, b: str, *, blind: bool, votes: bool = True) -> None:
         """Ask two versions."""
         page = self.page
         page.get_by_role("button", name="Compare").click()
         page.get_by_label("Version A").select_option(a)
         page.get_by_label("Version B").select_option(b)
         page.get_by_label("Blind").set_checked(blind)
-        page.get_by_label("Seed").fill(str(seed))
-        page.get_by_label("Max tokens").fill(str(max_tokens))
+        page.get_by_label("Seed").fill("5")
+        page.get_by_label("Max tokens").fill("20")
         self.ask(QUESTION)
-        expect(page.get_by_role("group", name="Your vote")).to_be_visible()
+        if votes:
+            expect(page.get_by_role("group", name="Your vote")).to_be_visible()
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ def test_stop_keeps_what_came_and_takes_the_request_out_of_triton(visit, gateway
     expect(page.get_by_text("Stopped", exact=True).first).to_be_visible()
     assert visitor.answers(1)[0]
     line = gateway.wait_for("request")
-    while line.get("model") != "long":
+    while line["request_id"] != visitor.ids[-1]:
         line = gateway.wait_for("request")
     assert 0 < line["completion_tokens"] < 200
     assert line["finish_reason"] is None
@@ -226,6 +229,22 @@ def test_a_blind_vote_names_the_version_that_wrote_the_answer(visit, client, dat
     assert row["answer_a"] == answer_of(client, row["version_a"], asked, **sampling)
     page.keyboard.press("2")
     assert rows(database)[-1] == row, "a second vote on the same answers"
+
+
+def test_where_votes_are_not_kept_the_page_says_why_and_asks_for_none(visit):
+    visitor = visit()
+
+    def without_votes(route: Any) -> None:
+        told = route.fetch().json() | {"votes": {"kept": False, "reason": "nobody keeps votes"}}
+        route.fulfill(json=told)
+
+    visitor.page.route("**/v1/page", without_votes)
+    page = visitor.open()
+    visitor.compare("support@stable", "long@only", blind=True, votes=False)
+    visitor.answers(2)
+    expect(page.locator(".round").get_by_text("Nobody keeps votes.")).to_be_visible()
+    assert page.get_by_role("group", name="Your vote").count() == 0
+    assert "long@only" in page.locator(".pair .name").all_text_contents()
 
 
 def test_markup_is_shown_as_text(visit):
