@@ -6,6 +6,7 @@ import json
 import math
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,17 +22,24 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 @dataclass
 class Tally:
-    """What has come of one answer so far."""
+    """What has come of one request so far. unfinished: answers that are still being written.
+
+    The prompt counts once, however many answers it gets. finish_reason: of the last answer to end, when all
+    have ended.
+    """
 
     prompt_tokens: int
     completion_tokens: int = 0
     finish_reason: str | None = None
+    unfinished: int = 1
 
     def count(self, piece: Piece) -> None:
         """Add one piece. The prompt's length is the server's count once there is one."""
         self.prompt_tokens = piece.input_tokens
         self.completion_tokens += piece.output_tokens
-        self.finish_reason = piece.finish_reason
+        if piece.finish_reason is not None:
+            self.unfinished -= 1
+            self.finish_reason = None if self.unfinished > 0 else piece.finish_reason
 
     def usage(self) -> dict[str, int]:
         """OpenAI's usage object."""
@@ -44,7 +52,7 @@ class Tally:
 
 @dataclass
 class Writer:
-    """Shapes one answer. chat: chat completion or text completion; top: candidates asked for."""
+    """Shapes one response. chat: of a chat or of a text completion; top: candidates asked for; n: answers."""
 
     chat: bool
     model: str
@@ -55,34 +63,47 @@ class Writer:
     created: int = field(default_factory=lambda: int(time.time()))
     id: str = ""
     """The request's id; in answers it has OpenAI's prefix. Default: a new one."""
-    offset: int = 0
+    n: int = 1
+    offsets: Counter[int] = field(default_factory=Counter)
+    """Characters of each answer that went by, where log-probabilities were asked for."""
 
     def __post_init__(self) -> None:
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + (self.id or uuid.uuid4().hex)
 
     def whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """The answer in one object."""
+        """All answers in one object."""
+        choices = [
+            self._choice(index, [piece for piece in pieces if piece.index == index])
+            for index in range(self.n)
+        ]
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._envelope(kind, choices) | {"usage": self.tally.usage()}
+
+    def _choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         positions = [position for piece in pieces for position in piece.positions]
-        choice: dict[str, Any] = {"index": 0, "finish_reason": self.tally.finish_reason}
+        choice: dict[str, Any] = {"index": index, "finish_reason": pieces[-1].finish_reason}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             choice["text"] = text
-        choice["logprobs"] = self._logprobs(positions)
-        kind = "chat.completion" if self.chat else "text_completion"
-        return self._envelope(kind, [choice]) | {"usage": self.tally.usage()}
+        choice["logprobs"] = self._logprobs(index, positions)
+        return choice
 
     def opening(self) -> str | None:
-        """The first chunk of a chat stream, which names the role."""
-        return self._chunk({"role": "assistant", "content": ""}, "", None, None) if self.chat else None
+        """The first chunks of a chat stream, which name the role of each answer."""
+        if not self.chat:
+            return None
+        delta = {"role": "assistant", "content": ""}
+        return "".join(self._chunk(index, delta, "", None, None) for index in range(self.n))
 
     def piece(self, piece: Piece) -> str | None:
         """One piece as an event; None where it says nothing, such as half a character held back."""
         if not (piece.text or piece.finish_reason or (self.top is not None and piece.positions)):
             return None
         delta = {"content": piece.text} if piece.text else {}
-        return self._chunk(delta, piece.text, self._logprobs(piece.positions), piece.finish_reason)
+        logprobs = self._logprobs(piece.index, piece.positions)
+        return self._chunk(piece.index, delta, piece.text, logprobs, piece.finish_reason)
 
     def closing(self) -> str:
         """What follows the last piece: usage if asked for, and the end mark."""
@@ -94,8 +115,10 @@ class Writer:
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _chunk(self, delta: dict[str, Any], text: str, logprobs: Any, finish_reason: str | None) -> str:
-        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _chunk(
+        self, index: int, delta: dict[str, Any], text: str, logprobs: Any, finish_reason: str | None
+    ) -> str:
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": finish_reason}
         choice |= {"delta": delta} if self.chat else {"text": text}
         usage = {"usage": None} if self.include_usage else {}
         return event(self._envelope(self._chunk_kind, [choice]) | usage)
@@ -110,13 +133,13 @@ class Writer:
             "choices": choices,
         }
 
-    def _logprobs(self, positions: Sequence[Sequence[Candidate]]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, positions: Sequence[Sequence[Candidate]]) -> dict[str, Any] | None:
         if self.top is None:
             return None
         return (
             self._chat_logprobs(positions, self.top)
             if self.chat
-            else self._text_logprobs(positions, self.top)
+            else self._text_logprobs(index, positions, self.top)
         )
 
     def _chat_logprobs(self, positions: Sequence[Sequence[Candidate]], top: int) -> dict[str, Any]:
@@ -127,12 +150,14 @@ class Writer:
         ]
         return {"content": content, "refusal": None}
 
-    def _text_logprobs(self, positions: Sequence[Sequence[Candidate]], top: int) -> dict[str, Any]:
+    def _text_logprobs(
+        self, index: int, positions: Sequence[Sequence[Candidate]], top: int
+    ) -> dict[str, Any]:
         tokens = [position[0].text for position in positions]
         offsets = []
         for token in tokens:
-            offsets.append(self.offset)
-            self.offset += len(token)
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(token)
         return {
             "tokens": tokens,
             "token_logprobs": [finite(position[0].logprob) for position in positions],

@@ -23,10 +23,13 @@ from serving.gateway.exchange import Exchange
 from serving.gateway.guard import ClientGoneError
 from serving.gateway.metrics import Metrics
 from serving.gateway.monitoring import add_feedback
+from serving.gateway.page import add_page, add_settings
 from serving.gateway.routes import SEPARATOR, Router, allowed, describe
 from serving.gateway.schemas import ApiModel, ChatRequest, CompletionRequest
 from serving.gateway.service import AnyRequest, Job, Service, events
 from serving.gateway.upstream import Piece
+from serving.gateway.votes import add_votes
+from serving.monitor.votes import VoteStore
 from serving.monitor.writer import Monitor
 
 Result = TypeVar("Result")
@@ -92,15 +95,24 @@ class EventStream(StreamingResponse):
 
 
 def create_app(
-    router: Router, service: Service, metrics: Metrics, control: Control, monitor: Monitor | None = None
+    router: Router,
+    service: Service,
+    metrics: Metrics,
+    control: Control,
+    *,
+    monitor: Monitor | None = None,
+    votes: VoteStore | None = None,
+    page: str | None = None,
 ) -> FastAPI:
-    """The application behind the guard."""
+    """The application behind the guard. page: GatewayConfig.authentication where the web page is served."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await service.close()
         await router.close()
+        if votes is not None:
+            await asyncio.to_thread(votes.close)
 
     app = FastAPI(
         title="posttrain gateway",
@@ -114,6 +126,10 @@ def create_app(
     add_error_handlers(app)
     _add_api(app, router, service, control)
     add_feedback(app, monitor)
+    add_votes(app, router, service, votes)
+    add_settings(app, router, service, votes is not None)
+    if page is not None:
+        add_page(app, page)
     _add_health(app, router, metrics, control)
     _add_admin(app, router, metrics, control)
     return app

@@ -125,6 +125,9 @@ class GatewayConfig(StrictModel):
         None, description="YAML file of hashed API keys; default: POSTTRAIN_GATEWAY_KEYS of the environment."
     )
     private_metrics: bool = Field(False, description="Whether /metrics wants the admin key.")
+    page: bool | None = Field(
+        None, description="Whether / is the web page; default: on a loopback address only."
+    )
     models: dict[Name, ModelConfig] = Field(min_length=1, description="Models by the name that clients send.")
     limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Sizes, counts and times.")
     monitoring: MonitoringConfig = Field(
@@ -133,6 +136,11 @@ class GatewayConfig(StrictModel):
     tracing: TracingConfig | None = Field(
         None, description="Traces; default: as OTEL_EXPORTER_OTLP_ENDPOINT and its like say, else none."
     )
+
+    @property
+    def serves_page(self) -> bool:
+        """Whether / is the web page."""
+        return is_loopback(self.host) if self.page is None else self.page
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> GatewayConfig:

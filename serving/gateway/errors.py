@@ -51,12 +51,12 @@ def unavailable(message: str, code: str, retry_after: int = 1) -> ApiError:
     return ApiError(503, message, code=code, headers={"Retry-After": str(retry_after)})
 
 
-def unknown_model(name: str) -> ApiError:
+def unknown_model(name: str, param: str = "model") -> ApiError:
     """404 for a model that is not served, or not to this key; the two look alike."""
     return ApiError(
         404,
         f"the model '{shown(name)}' does not exist or you may not use it",
-        param="model",
+        param=param,
         code="model_not_found",
     )
 

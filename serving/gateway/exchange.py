@@ -11,12 +11,26 @@ from serving.gateway.answers import Tally
 from serving.gateway.keys import ApiKey
 from serving.gateway.tracing import NO_SPANS, Spans
 
-ENDPOINTS = frozenset(
+PAGE_FILES = (
+    "page.css",
+    "conversation.css",
+    "page.js",
+    "settings.js",
+    "panes.js",
+    "dom.js",
+    "api.js",
+    "icon.svg",
+)
+PAGE_PATHS = frozenset({"/", *(f"/{name}" for name in PAGE_FILES)})
+"""The web page and its files."""
+ENDPOINTS = PAGE_PATHS | frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/feedback",
         "/v1/models",
+        "/v1/votes",
+        "/v1/page",
         "/health",
         "/health/live",
         "/health/ready",

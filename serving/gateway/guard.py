@@ -1,8 +1,8 @@
 """What every request passes before the application sees it: identity, key, room, size and time.
 
 An ASGI middleware around the whole application. Of a request without a valid key, and on the paths that want
-none, only the headers are read. What is not listed in PUBLIC wants a key, so a path that is added is private
-at first.
+none, only the headers are read. What is not listed in PUBLIC or PAGE_PATHS wants a key, so a path that is
+added is private at first.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from serving.gateway.config import GatewayConfig
 from serving.gateway.errors import ApiError, unavailable
-from serving.gateway.exchange import Exchange
+from serving.gateway.exchange import PAGE_PATHS, Exchange
 from serving.gateway.keys import ANONYMOUS, KeyRing
 from serving.gateway.logs import log
 from serving.gateway.metrics import Metrics
@@ -105,6 +105,8 @@ class Guard:
                 await self.app(scope, replay(body, receive), sender)
 
     def _is_public(self, path: str) -> bool:
+        if path in PAGE_PATHS:
+            return self.config.serves_page
         return path in PUBLIC or (path == METRICS and not self.config.private_metrics)
 
     def _authenticate(self, scope: Scope, exchange: Exchange) -> None:

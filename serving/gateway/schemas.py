@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
+MAX_ANSWERS = 16
 UNSUPPORTED_CHAT = (
     "audio",
     "function_call",
@@ -66,6 +67,11 @@ def _refused(param: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("refused", message, {"param": param})  # type: ignore[arg-type]
 
 
+def _seed(seed: int, index: int) -> int:
+    """seed + index, from the largest 64-bit number on to the smallest."""
+    return (seed + index + 2**63) % 2**64 - 2**63
+
+
 class ApiModel(BaseModel):
     """Strict types, no unknown fields."""
 
@@ -99,10 +105,9 @@ class StreamOptions(ApiModel):
     include_obfuscation: bool = False
 
 
-class Sampling(ApiModel):
-    """What both endpoints take."""
+class Drawing(ApiModel):
+    """How tokens are drawn and where an answer ends."""
 
-    model: Text = Field(min_length=1, max_length=256)
     temperature: Number | None = Field(None, ge=0, le=2, description="0: greedy. Default: 1.")
     top_p: Number | None = Field(None, gt=0, le=1, description="Default: 1.")
     top_k: int | None = Field(
@@ -113,7 +118,15 @@ class Sampling(ApiModel):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
-    n: int | None = Field(None, ge=1, le=1, description="Only 1: ask several times for several answers.")
+
+
+class Sampling(Drawing):
+    """What both endpoints take."""
+
+    model: Text = Field(min_length=1, max_length=256)
+    n: int | None = Field(
+        None, ge=1, le=MAX_ANSWERS, description="Answers to the same prompt; the i-th with seed + i."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(None, max_length=512, description="Keeps its version where a model is sticky.")
@@ -138,13 +151,6 @@ class Sampling(ApiModel):
             raise _refused("stream_options", "'stream_options' is only allowed with stream: true")
         return self
 
-    @field_validator("n", "best_of", mode="before", check_fields=False)
-    @classmethod
-    def _one_answer(cls, value: Any) -> Any:
-        if value is not None and value != 1:
-            raise ValueError("must be 1; send the request several times for several answers")
-        return value
-
     @classmethod
     def unsupported(cls) -> tuple[str, ...]:
         """Fields of OpenAI that cannot be honoured."""
@@ -160,14 +166,19 @@ class Sampling(ApiModel):
         """Candidates per position besides the drawn token; None: no log-probabilities."""
         return None
 
-    def sampling(self, max_tokens: int) -> dict[str, Any]:
-        """vLLM's sampling parameters."""
+    @property
+    def answers(self) -> int:
+        """Answers wanted."""
+        return self.n or 1
+
+    def sampling(self, max_tokens: int, index: int = 0) -> dict[str, Any]:
+        """vLLM's sampling parameters for the answer of this index."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
         named = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k or None,
-            "seed": self.seed,
+            "seed": None if self.seed is None else _seed(self.seed, index),
             "stop": stops or None,
             "logprobs": self.logprobs_wanted,
             "frequency_penalty": self.frequency_penalty or None,
@@ -236,6 +247,13 @@ class CompletionRequest(Sampling):
     @classmethod
     def unsupported(cls) -> tuple[str, ...]:
         return UNSUPPORTED_TEXT
+
+    @field_validator("best_of", mode="before")
+    @classmethod
+    def _no_selection(cls, value: Any) -> Any:
+        if value is not None and value != 1:
+            raise ValueError("must be 1; ask for n answers and choose among them")
+        return value
 
     @field_validator("echo")
     @classmethod

@@ -35,6 +35,7 @@ from serving.gateway.protocol import MAX_HEADER_BYTES, bounded_protocol
 from serving.gateway.routes import Router, describe, load_renderers
 from serving.gateway.service import Service
 from serving.gateway.tracing import open_tracing
+from serving.monitor.votes import VoteStore
 
 SPARE_FILES = 256
 KEEP_ALIVE_SECONDS = 15
@@ -55,7 +56,17 @@ class Gateway:
         keys = load_keys(config, os.environ)
         self.tracing = open_tracing(config.tracing, os.environ)
         self.monitor = open_monitor(config.monitoring, self.metrics)
-        app = create_app(self.router, self.service, self.metrics, self.control, self.monitor)
+        database = config.monitoring.database
+        self.votes = VoteStore(Path(database), config.monitoring.redact) if database else None
+        app = create_app(
+            self.router,
+            self.service,
+            self.metrics,
+            self.control,
+            monitor=self.monitor,
+            votes=self.votes,
+            page=config.authentication if config.serves_page else None,
+        )
         self.guard = Guard(app, config, keys, self.metrics, self.monitor, self.tracing)
         self._reloading = asyncio.Lock()
 

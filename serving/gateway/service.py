@@ -13,6 +13,7 @@ from typing import Any
 
 from serving.gateway import limits as rates
 from serving.gateway.answers import Tally, Writer, event
+from serving.gateway.choices import merged
 from serving.gateway.errors import ApiError
 from serving.gateway.exchange import Exchange
 from serving.gateway.keys import ApiKey
@@ -54,7 +55,13 @@ class Job:
             tally=self.tally,
             include_usage=options is not None and options.include_usage,
             id=self.exchange.request_id,
+            n=self.request.answers,
         )
+
+    @property
+    def reserved(self) -> int:
+        """The most tokens it can use: the prompt once, and every answer as long as it may be."""
+        return self.prompt.tokens + self.request.answers * self.max_tokens
 
 
 class Service:
@@ -98,11 +105,11 @@ class Service:
             wanted, param = request.answer_limit
             default = None if isinstance(request, ChatRequest) else 16
             max_tokens = version.renderer.answer_tokens(prompt, wanted, default, param)
-            self.limiter.reserve(key, state, prompt.tokens + max_tokens)
+            self.limiter.reserve(key, state, prompt.tokens + request.answers * max_tokens)
         except BaseException:
             version.upstream.release()
             raise
-        exchange.tally = Tally(prompt.tokens)
+        exchange.tally = Tally(prompt.tokens, unfinished=request.answers)
         exchange.messages = turns(request) if exchange.keeps_text else None
         return Job(request, exchange, key, state, model, version, prompt, max_tokens, exchange.tally)
 
@@ -120,17 +127,16 @@ class Service:
         texts: list[str] = []
         asked = time.monotonic()
         try:
-            async with aclosing(
-                ask(job.version, job.prompt.text, self._sampling(job), job.exchange)
-            ) as pieces:
+            async with aclosing(self._answers(job)) as pieces:
                 async for piece in pieces:
                     if job.exchange.first_token_s is None:
                         job.exchange.first_token_s = round(time.monotonic() - asked, 4)
                         self.metrics.first_token.labels(*labels).observe(job.exchange.first_token_s)
                     job.tally.count(piece)
-                    texts.append(piece.text)
+                    if piece.index == 0:
+                        texts.append(piece.text)
                     yield piece
-                    if time.monotonic() > job.exchange.deadline and piece.finish_reason is None:
+                    if time.monotonic() > job.exchange.deadline and job.tally.finish_reason is None:
                         raise ApiError(504, "the answer took too long", code="timeout")
             job.exchange.answer = "".join(texts)
             self._copy(job, job.exchange.answer)
@@ -149,9 +155,13 @@ class Service:
                 )
             raise error.answer from error
 
-    def _sampling(self, job: Job) -> dict[str, Any]:
-        adapter = job.version.config.adapter
-        return job.request.sampling(job.max_tokens) | ({"lora_name": adapter} if adapter else {})
+    def _answers(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """One request of Triton for each answer."""
+        streams = [
+            ask(job.version, job.prompt.text, sampling(job, job.version, index), job.exchange)
+            for index in range(job.request.answers)
+        ]
+        return merged(streams) if len(streams) > 1 else streams[0]
 
     def finish(self, job: Job) -> None:
         """Take a job out of the limits and into the books. Does nothing the second time."""
@@ -162,14 +172,17 @@ class Service:
         # What Triton refused costs nothing; a client that left early made it read the prompt.
         free = job.failed and job.exchange.first_token_s is None
         prompt, completion = (0, 0) if free else (job.tally.prompt_tokens, job.tally.completion_tokens)
-        self.limiter.settle(job.state, job.prompt.tokens + job.max_tokens, prompt + completion)
+        self.limiter.settle(job.state, job.reserved, prompt + completion)
         self.limiter.release(job.state)
         for kind, count in (("prompt", prompt), ("completion", completion)):
             self.metrics.tokens.labels(job.model.name, job.version.name, kind).inc(count)
             self.metrics.key_tokens.labels(job.key.name, kind).inc(count)
 
     def _copy(self, job: Job, text: str) -> None:
-        """Send a copy of a request that was answered to the model's shadow, if it has one."""
+        """Send a copy of a request that was answered to the model's shadow, if it has one.
+
+        text: the first answer. Of a request for several answers the copy asks for that one.
+        """
         shadow = self.router.shadow(job.model, job.version)
         if shadow is None:
             return
@@ -193,12 +206,10 @@ class Service:
 
     async def _shadow(self, job: Job, shadow: Version, text: str) -> None:
         exchange = Exchange(job.exchange.endpoint, "POST", f"{job.exchange.request_id}-shadow"[:80])
-        adapter = shadow.config.adapter
-        sampling = job.request.sampling(job.max_tokens) | ({"lora_name": adapter} if adapter else {})
         outcome = "failed"
         try:
             prompt = await self._prompt(job.request, job.model, shadow)
-            async with aclosing(ask(shadow, prompt.text, sampling, exchange)) as pieces:
+            async with aclosing(ask(shadow, prompt.text, sampling(job, shadow), exchange)) as pieces:
                 answer = "".join([piece.text async for piece in pieces])
             greedy = job.request.temperature == 0
             outcome = ("same" if answer == text else "different") if greedy else "answered"
@@ -226,6 +237,12 @@ def turns(request: AnyRequest) -> list[dict[str, str]]:
     if isinstance(request, CompletionRequest):
         return [{"role": "user", "content": request.text}]
     return [message.rendered() for message in request.messages]
+
+
+def sampling(job: Job, version: Version, index: int = 0) -> dict[str, Any]:
+    """The sampling parameters of one answer, with the adapter where the version has one."""
+    adapter = version.config.adapter
+    return job.request.sampling(job.max_tokens, index) | ({"lora_name": adapter} if adapter else {})
 
 
 def ask(

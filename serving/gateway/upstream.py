@@ -42,13 +42,17 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Piece:
-    """One response of Triton. positions: per token the drawn one first, then the likeliest, if asked for."""
+    """One response of Triton. positions: per token the drawn one first, then the likeliest, if asked for.
+
+    index: which of the request's answers it belongs to.
+    """
 
     text: str
     positions: list[list[Candidate]]
     finish_reason: str | None
     input_tokens: int
     output_tokens: int
+    index: int = 0
 
 
 @dataclass(frozen=True)

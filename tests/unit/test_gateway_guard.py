@@ -7,18 +7,23 @@ import contextlib
 import io
 import json
 import logging
+import sqlite3
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from serving.gateway.app import READY_TTL_SECONDS, Control, Readiness, create_app
-from serving.gateway.config import GatewayConfig
+from serving.gateway.config import GatewayConfig, LimitsConfig
 from serving.gateway.errors import ApiError
+from serving.gateway.exchange import PAGE_PATHS
 from serving.gateway.guard import ClientGoneError, Guard
 from serving.gateway.keys import ApiKey, KeyRing, hash_key
 from serving.gateway.logs import JsonFormatter, configure
 from serving.gateway.metrics import Metrics
+from serving.gateway.routes import Model, Router, Table
+from serving.gateway.service import Service
 
 SECRET = "the text of a prompt"
 MODELS = {"m": {"versions": {"v": {"export": "runs/export", "triton": "127.0.0.1:8001"}}}}
@@ -38,16 +43,18 @@ class Failing:
         raise self.error
 
 
-def guard(error: BaseException, **settings: Any) -> Guard:
+def guard(error: BaseException, router: Any = None, **settings: Any) -> Guard:
     failing: Any = Failing(error)
     metrics = Metrics()
+    config = GatewayConfig.model_validate({"models": MODELS, **settings})
 
     async def reload() -> None:
         raise error
 
-    app = create_app(failing, failing, metrics, Control(reload))
+    page = config.authentication if config.serves_page else None
+    app = create_app(router or failing, failing, metrics, Control(reload), None, page)
     keys = KeyRing([ApiKey(name="alice", sha256=hash_key("key"))], hash_key("root"))
-    return Guard(app, GatewayConfig.model_validate({"models": MODELS, **settings}), keys, metrics)
+    return Guard(app, config, keys, metrics)
 
 
 def call(
@@ -145,11 +152,84 @@ def test_metrics_are_public_unless_they_are_private(private: bool, key: str, sta
     assert call(guard(RuntimeError(SECRET), private_metrics=private), "GET", "/metrics", key)[0] == status
 
 
-@pytest.mark.parametrize("path", ["/health", "/health/live", "/openapi.json", "/metrics"])
+@pytest.mark.parametrize("path", sorted(PAGE_PATHS))
+def test_the_page_is_for_everybody_where_it_is_served_and_nowhere_else(path: str) -> None:
+    status, headers, text = call(guard(RuntimeError(SECRET)), "GET", path, "")
+    assert status == 200
+    policy = dict(part.split(" ", 1) for part in headers["content-security-policy"].split("; "))
+    assert (policy["default-src"], policy["script-src"], policy["connect-src"]) == (
+        "'none'",
+        "'self'",
+        "'self'",
+    )
+    assert not any("unsafe" in sources or "http" in sources for sources in policy.values())
+    assert policy["frame-ancestors"] == "'none'"
+    assert "<script>" not in text
+    assert headers["x-content-type-options"] == "nosniff"
+    off = guard(RuntimeError(SECRET), page=False)
+    assert call(off, "GET", path, "")[0] == 401
+    assert call(off, "GET", path)[0] == 404
+
+
+@pytest.mark.parametrize("authentication", ["keys", "none"])
+def test_the_page_knows_whether_to_ask_for_a_key(authentication: str) -> None:
+    _, _, text = call(guard(RuntimeError(SECRET), authentication=authentication), "GET", "/", "")
+    assert f'<html lang="en" data-authentication="{authentication}">' in text
+
+
+VOTE = {
+    "model": "m",
+    "messages": [{"role": "user", "content": SECRET}],
+    "version_a": "m@v",
+    "version_b": "m@v",
+    "answer_a": SECRET,
+    "answer_b": "",
+    "choice": "a",
+}
+
+
+def test_without_a_database_votes_are_refused_and_the_page_is_told_why() -> None:
+    router = Router(LimitsConfig(), ThreadPoolExecutor(1))
+    guarded = guard(RuntimeError(SECRET), router=router)
+    guarded.app = create_app(
+        router, Service(router, guarded.metrics, 8), guarded.metrics, Control(Counting().ready)
+    )
+    status, _, text = call(guarded, "POST", "/v1/votes", body=json.dumps(VOTE).encode())
+    error = json.loads(text)["error"]
+    assert (status, error["code"]) == (404, "votes_not_kept")
+    assert "monitoring.database" in error["message"]
+    told = json.loads(call(guarded, "GET", "/v1/page")[2])["votes"]
+    assert told == {"kept": False, "reason": error["message"]}
+
+
+class Full:
+    """A store on a full disk."""
+
+    async def add(self, vote: Any) -> str:
+        raise sqlite3.OperationalError(f"database or disk is full: {vote}")
+
+
+def test_a_vote_that_is_not_on_the_disk_is_an_error_without_its_text() -> None:
+    router: Any = Router(LimitsConfig(), ThreadPoolExecutor(1))
+    config = GatewayConfig.model_validate({"models": MODELS}).models["m"]
+    version: Any = None
+    router.table = Table({"m": Model("m", config, {"v": version}, {"v": 1.0})})
+    guarded = guard(RuntimeError(SECRET))
+    service, full = Service(router, guarded.metrics, 8), Full()
+    guarded.app = create_app(router, service, guarded.metrics, Control(Counting().ready), full)  # type: ignore[arg-type]
+    status, headers, text = call(guarded, "POST", "/v1/votes", body=json.dumps(VOTE).encode())
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert json.loads(text)["error"]["code"] == "vote_not_kept"
+    assert SECRET not in text
+    assert service.limiter.state(guarded.keys.keys[0]).running == 0
+
+
+@pytest.mark.parametrize("path", ["/", "/page.js", "/health", "/health/live", "/openapi.json", "/metrics"])
 @pytest.mark.parametrize("announced", [(b"content-length", b"1000"), (b"transfer-encoding", b"chunked")])
 def test_where_no_key_is_wanted_no_body_is_read(path: str, announced: tuple[bytes, bytes]) -> None:
     guarded = guard(RuntimeError(SECRET))
-    guarded.app = create_app(Counting(), Counting(), guarded.metrics, Control(Counting().ready))  # type: ignore[arg-type]
+    counting: Any = Counting()
+    guarded.app = create_app(counting, counting, guarded.metrics, Control(counting.ready), page="keys")
     status, headers, _ = call(guarded, "GET", path, "", wait=True, more=[announced])
     assert (status, headers["connection"]) == (200, "close")
     assert "connection" not in call(guarded, "GET", path, "")[1]

@@ -137,7 +137,13 @@ class Gateway:
 
 
 @pytest.fixture(scope="session")
-def settings(exports: dict[str, Path], triton: EmbeddedServer) -> dict[str, Any]:
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The monitoring database of every gateway here."""
+    return tmp_path_factory.mktemp("monitoring") / "monitoring.sqlite"
+
+
+@pytest.fixture(scope="session")
+def settings(exports: dict[str, Path], triton: EmbeddedServer, database: Path) -> dict[str, Any]:
     """The configuration the tests start from."""
     versions = {
         name: {"export": str(directory), "triton": triton.grpc_url} for name, directory in exports.items()
@@ -145,6 +151,7 @@ def settings(exports: dict[str, Path], triton: EmbeddedServer) -> dict[str, Any]
     return {
         "port": 0,
         "limits": LIMITS,
+        "monitoring": {"database": str(database)},
         "models": {
             "support": {"versions": {"stable": versions["desk"]}},
             "long": {"versions": {"only": versions["next"]}},

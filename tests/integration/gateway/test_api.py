@@ -107,6 +107,63 @@ def test_a_stop_string_ends_the_answer_before_it(client, stream):
         assert choices[-1].finish_reason == "stop"
 
 
+def test_n_answers_are_those_of_n_requests_with_the_next_seeds(client):
+    create = client.chat.completions.create
+    whole = create(**SAMPLED, n=3)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2]
+    singles = [create(**SAMPLED | {"seed": 7 + index}) for index in range(3)]
+    assert [choice.message for choice in whole.choices] == [one.choices[0].message for one in singles]
+    assert [choice.finish_reason for choice in whole.choices] == [
+        one.choices[0].finish_reason for one in singles
+    ]
+    assert len({choice.message.content for choice in whole.choices}) == 3
+    assert whole.usage.prompt_tokens == singles[0].usage.prompt_tokens
+    assert whole.usage.completion_tokens == sum(one.usage.completion_tokens for one in singles)
+
+
+def test_n_streamed_answers_are_interleaved_and_the_same(client):
+    whole = client.chat.completions.create(**SAMPLED, n=3)
+    chunks = list(
+        client.chat.completions.create(**SAMPLED, n=3, stream=True, stream_options={"include_usage": True})
+    )
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert [choice.index for choice in choices if choice.delta.role] == [0, 1, 2]
+    for expected in whole.choices:
+        own = [choice for choice in choices if choice.index == expected.index]
+        assert "".join(choice.delta.content or "" for choice in own) == expected.message.content
+        assert [choice.finish_reason for choice in own if choice.finish_reason] == [expected.finish_reason]
+    first_end = next(i for i, choice in enumerate(choices) if choice.finish_reason)
+    assert {choice.index for choice in choices[3:first_end]} == {0, 1, 2}, "one answer after the other"
+    assert [chunk.usage for chunk in chunks if chunk.usage] == [whole.usage]
+
+
+def test_n_texts_have_log_probabilities_and_offsets_of_their_own(client):
+    fields = {"model": "long", "prompt": "Hello", "max_tokens": 8, "seed": 3, "logprobs": 1}
+    whole = client.completions.create(**fields, n=2)
+    singles = [client.completions.create(**fields | {"seed": 3 + index}).choices[0] for index in range(2)]
+    assert [(choice.text, choice.logprobs) for choice in whole.choices] == [
+        (choice.text, choice.logprobs) for choice in singles
+    ]
+    streamed = [chunk.choices[0] for chunk in client.completions.create(**fields, n=2, stream=True)]
+    for choice in whole.choices:
+        offsets = [o for c in streamed if c.index == choice.index for o in c.logprobs.text_offset]
+        assert offsets == choice.logprobs.text_offset
+
+
+def test_n_answers_without_a_seed_differ(client):
+    fields = SAMPLED | {"n": 4}
+    del fields["seed"]
+    answer = client.chat.completions.create(**fields)
+    assert len({choice.message.content for choice in answer.choices}) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_answers_of_a_model_that_is_not_there_are_one_error(client, stream):
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.chat.completions.create(model="down", messages=ASKED, n=3, stream=stream)
+    assert caught.value.code == "model_unavailable"
+
+
 def test_a_seed_is_repeatable_and_seeds_differ(client):
     texts = [
         client.chat.completions.create(**SAMPLED | {"seed": seed}).choices[0].message.content
@@ -227,6 +284,8 @@ def test_tokens_per_minute_count_what_was_used_and_not_what_was_asked_for(gatewa
             model="support", messages=ASKED, temperature=0, max_tokens=max_tokens, stop="\t"
         )
 
+    with pytest.raises(openai.BadRequestError, match="has 100 per minute"):
+        carol.chat.completions.create(model="support", messages=ASKED, max_tokens=30, n=3)
     with pytest.raises(openai.BadRequestError, match="has 100 per minute") as caught:
         ask(150)
     assert caught.value.code == "request_too_large"

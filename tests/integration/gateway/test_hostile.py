@@ -136,7 +136,10 @@ WRONG_VALUES = {
     "stop has too many": (chat(stop=["x"] * 17), "stop"),
     "stop is too long": (chat(stop="x" * 257), "stop"),
     "stop holds null": (chat(stop=[None]), "stop"),
-    "n is two": (chat(n=2), "n"),
+    "n is zero": (chat(n=0), "n"),
+    "n is seventeen": (chat(n=17), "n"),
+    "n is a text": (chat(n="2"), "n"),
+    "n is true": (chat(n=True), "n"),
     "n is giant": (chat(n=10**9), "n"),
     "logprobs is a number": (chat(logprobs=5), "logprobs"),
     "top_logprobs without logprobs": (chat(top_logprobs=2), "top_logprobs"),
@@ -251,7 +254,6 @@ def test_a_model_that_is_not_served_does_not_exist(gateway, name):
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
         "/v1",
         "/v1/",
         "/v1/chat",
@@ -261,6 +263,10 @@ def test_a_model_that_is_not_served_does_not_exist(gateway, name):
         "/v1/models/..%2f..%2fetc%2fpasswd",
         "/v1/files/%00",
         "/docs",
+        "/index.html",
+        "/static/page.js",
+        "/page.js/",
+        "/page.js/../../config.py",
         "/health/",
         "/metrics/",
         "/" + "a" * 8000,
@@ -407,18 +413,19 @@ def stream_head(**fields: Any) -> bytes:
     return head(f"Content-Length: {len(body)}") + body
 
 
+@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_place(gateway, stream):
-    """The gateway notices, takes the request out of Triton, and books what was sent."""
+def test_a_client_that_leaves_frees_its_place(gateway, stream, n):
+    """The gateway notices, takes every answer of the request out of Triton, and books what was sent."""
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
-        connection.sendall(stream_head(stream=stream))
+        connection.sendall(stream_head(stream=stream, n=n))
         if stream:
             assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
     line = gateway.wait_for("request")
     while line["model" if "model" in line else "endpoint"] != "long":
         line = gateway.wait_for("request")
     assert line["status"] == (200 if stream else 499)
-    assert line["completion_tokens"] < 200
+    assert line["completion_tokens"] < 200 * n
     assert line["finish_reason"] is None
     assert gateway.metric("posttrain_gateway_in_flight") == 0
 

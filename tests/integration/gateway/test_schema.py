@@ -42,15 +42,18 @@ def test_no_request_makes_the_gateway_fail(
         @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
         def check(case: Any) -> None:
             if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-                case.body = {"max_tokens": 2} | case.body | {"model": "support"}
+                named = {"model": "support"} | {
+                    name: "support@stable" for name in ("version_a", "version_b") if name in case.body
+                }
+                case.body = ({} if "version_a" in named else {"max_tokens": 2}) | case.body | named
             response = case.call_and_validate(headers=KEY, checks=[not_a_server_error])
             statuses.setdefault(case.operation.label, set()).add(response.status_code)
 
         # An operation without any input has nothing to get wrong.
         with contextlib.suppress(hypothesis.errors.Unsatisfiable):
             check()
-    assert {"POST /v1/chat/completions", "POST /v1/completions"} <= statuses.keys()
+    posted = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/votes"}
+    assert posted <= statuses.keys()
     if mode is GenerationMode.POSITIVE:
-        assert 200 in statuses["POST /v1/chat/completions"]
-        assert 200 in statuses["POST /v1/completions"]
-        assert len(statuses) == 9
+        assert all(200 in statuses[operation] for operation in posted)
+        assert len(statuses) == 11
