@@ -1,7 +1,7 @@
 """The `posttrain` command. Everything heavy is imported inside the command that needs it.
 
-Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 75 stopped by SIGTERM with
-the work saved, 130 interrupted. What a person reads goes to stderr, what a script reads (--json, schema) to
+Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 3 drift found (`drift` only), 75
+stopped by SIGTERM with the work saved, 130 interrupted. What a person reads goes to stderr, what a script reads (--json, schema) to
 stdout.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain import __version__, cli_gateway, cli_parity
+from posttrain import __version__, cli_drift, cli_gateway, cli_parity
 from posttrain.cli_plan import add_plan
 from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
@@ -381,3 +381,4 @@ def report(
 add_plan(app, _reporting, _print_json)
 cli_parity.register(app, _reporting)
 cli_gateway.register(app, _reporting)
+cli_drift.register(app, _reporting)

@@ -105,8 +105,7 @@ def compare(
     permutations = max(999, math.ceil(2 * family / alpha))
     for feature, run in _features(baseline, today, permutations):
         if run is None:
-            side = "the reference" if _has(today, feature) else "these records"
-            left_out[feature] = f"{side} does not have it" if _has(today, feature) else f"{side} lack it"
+            left_out[feature] = "the reference lacks it" if _has(today, feature) else "these records lack it"
             continue
         found = run(rng)
         if found is None:
@@ -128,9 +127,7 @@ def _judged(finding: Finding, p: float, alpha: float) -> Finding:
 Run = Callable[[np.random.Generator], Finding | None]
 
 
-def _features(
-    baseline: Baseline, today: Columns, permutations: int
-) -> Iterable[tuple[str, Run | None]]:
+def _features(baseline: Baseline, today: Columns, permutations: int) -> Iterable[tuple[str, Run | None]]:
     """Every feature of either side with its test, None where one side lacks it."""
     held = baseline.held_out
     for name in _names(held.numbers, today.numbers):
@@ -142,11 +139,13 @@ def _features(
     for name in SIDES:
         both = name in held.tokens and name in today.tokens
         if both or name in held.tokens or name in today.tokens:
-            yield f"{name}_words", (
-                (lambda rng, name=name: _tokens(held, today, name, permutations, rng)) if both else None
+            yield (
+                f"{name}_words",
+                ((lambda rng, name=name: _tokens(held, today, name, permutations, rng)) if both else None),
             )
-            yield f"{name}_embedding", (
-                (lambda rng, name=name: _embedding(held, today, name, permutations, rng)) if both else None
+            yield (
+                f"{name}_embedding",
+                ((lambda rng, name=name: _embedding(held, today, name, permutations, rng)) if both else None),
             )
 
 
@@ -167,7 +166,9 @@ def _number(baseline: Baseline, today: Columns, name: str, rng: np.random.Genera
         return None
     statistic, p = tests.kolmogorov_smirnov(before, now)
     edges = np.array(baseline.edges[name])
-    counts = [np.bincount(np.searchsorted(edges, x, "right"), minlength=len(edges) + 1) for x in (before, now)]
+    counts = [
+        np.bincount(np.searchsorted(edges, x, "right"), minlength=len(edges) + 1) for x in (before, now)
+    ]
     index = float(tests.psi(*counts))
     return Finding(
         name,

@@ -54,9 +54,7 @@ class Settings:
             dict(tags or {}),
         )
 
-    def moved_to(
-        self, tokenizer: Path | None, embedding: Path | None, reward_model: Path | None
-    ) -> Settings:
+    def moved_to(self, tokenizer: Path | None, embedding: Path | None, reward_model: Path | None) -> Settings:
         """These settings with things found where they are now. Raises UserError when one is another thing."""
         given = {"tokenizer": tokenizer, "embedding": embedding, "reward_model": reward_model}
         changes = {}

@@ -27,7 +27,7 @@ class Record:
     """One request and its answer.
 
     answer: None where the data has prompts only, "" where the model said nothing. group: records of one group
-    are not independent (one conversation, one customer). extra: the other keys of a jsonl line or row.
+    are not independent (one conversation, one customer). day: UTC. time: unix seconds. extra: the other keys of a jsonl line or row.
     """
 
     messages: Messages
@@ -35,6 +35,7 @@ class Record:
     finish_reason: str | None = None
     score: float | None = None
     day: str | None = None
+    time: float | None = None
     group: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,7 +81,9 @@ def read_reference(path: Path) -> tuple[list[Record], dict[str, Any]]:
     rows = read_split(path, "train")
     kind = (read_info(path) or {}).get("kind")
     if kind is None:
-        kind = next(name for name in ("chosen", "messages", "completion", "text", "prompt") if name in rows[0])
+        kind = next(
+            name for name in ("chosen", "messages", "completion", "text", "prompt") if name in rows[0]
+        )
         kind = {
             "chosen": "preference",
             "messages": "conversation",
@@ -152,6 +155,7 @@ def _parsed(line: str, where: str) -> Record:
         value.get("finish_reason"),
         None if score is None else float(score),
         value.get("day"),
+        None,
         value.get("group"),
         {key: item for key, item in value.items() if key not in named},
     )
@@ -175,23 +179,21 @@ def is_database(path: Path) -> bool:
 
 
 def read_samples(path: Path, selection: Selection) -> list[Record]:
-    """The chosen rows of the gateway's table `samples`, oldest first. Read-only; the gateway may be writing.
+    """The rows of the gateway's table `samples` for the selection's model and version, oldest first.
 
+    Of every day: the days before are the trend. Read-only; the gateway may be writing.
     Raises DataError: no such table, or several models and none chosen.
     """
-    chosen = {
-        "day = ?": selection.day,
-        "model = ?": selection.model,
-        "version = ?": selection.version,
-        "time >= ?": selection.since,
-    }
+    chosen = {"model = ?": selection.model, "version = ?": selection.version}
     chosen = {condition: value for condition, value in chosen.items() if value is not None}
     query = f"SELECT {{}} FROM samples WHERE {' AND '.join(['1', *chosen])}"
     values = list(chosen.values())
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             models = [row[0] for row in database.execute(query.format("DISTINCT model"), values)]
-            columns = "request_id, day, model, version, messages, answer, finish_reason, redactions, flag"
+            columns = (
+                "request_id, day, time, model, version, messages, answer, finish_reason, redactions, flag"
+            )
             rows = database.execute(f"{query.format(columns)} ORDER BY time, request_id", values).fetchall()
     except sqlite3.Error as error:
         raise DataError(
@@ -207,7 +209,7 @@ def read_samples(path: Path, selection: Selection) -> list[Record]:
 
 
 def _from_sample(row: Sequence[Any], path: Path) -> Record:
-    request, day, model, version, messages, answer, finish_reason, redactions, flag = row
+    request, day, time, model, version, messages, answer, finish_reason, redactions, flag = row
     where = f"{path}: sample {request}"
     try:
         turns = checked_messages(json.loads(messages), where)
@@ -222,7 +224,7 @@ def _from_sample(row: Sequence[Any], path: Path) -> Record:
         "redactions": redactions,
         "flag": flag,
     }
-    return Record(turns, answer, finish_reason, None, day, None, extra)
+    return Record(turns, answer, finish_reason, None, day, time, None, extra)
 
 
 def days_of(records: Iterable[Record]) -> dict[str, list[Record]]:

@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix, vstack
 Correction = Literal["holm", "bh"]
 Array = NDArray[np.float64]
 POOLED = "other"
-SMALLEST_CELL = 5.0
+SMALLEST_CELL, SMALLEST_POOL = 5.0, 1.0
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,29 @@ def kolmogorov_smirnov(reference: ArrayLike, today: ArrayLike) -> tuple[float, f
 
 
 def pooled_table(reference: Sequence[str], today: Sequence[str]) -> tuple[list[str], Array]:
-    """(labels, (2, labels) counts). Labels expected fewer than 5 times in a row (Cochran 1954) are pooled
-    into "other", and that into the rarest label left while it is still too rare itself."""
+    """(labels, (2, labels) counts), rare labels pooled into "other" by the rules of Cochran (1954).
+
+    Rare: expected fewer than 5 times on the smaller side. Where the pool itself is expected less than once
+    there, it counts with the most frequent label. Two labels stay two: Fisher's test needs no minimum. What
+    is pooled depends on both sides together, so the test stays valid.
+    """
     labels = sorted({*reference, *today})
     place = {label: i for i, label in enumerate(labels)}
     counts = np.array(
         [np.bincount([place[x] for x in side], minlength=len(labels)) for side in (reference, today)],
         dtype=np.float64,
     )
-    smallest = counts.sum(axis=0) * counts.sum(axis=1).min() / counts.sum()
-    rare = smallest < SMALLEST_CELL
-    if rare.sum() <= 1 and rare.size <= 2:
+    expected = counts.sum(axis=0) * counts.sum(axis=1).min() / counts.sum()
+    rare = expected < SMALLEST_CELL
+    if len(labels) <= 2 or not rare.any():
         return labels, counts
-    kept = [i for i in np.argsort(-counts.sum(axis=0), kind="stable") if not rare[i]]
-    if not rare.any():
-        return [labels[i] for i in kept], counts[:, kept]
+    kept = [i for i in np.argsort(-expected, kind="stable") if not rare[i]]
+    names, columns = [labels[i] for i in kept], counts[:, kept]
     other = counts[:, rare].sum(axis=1)
-    if other.sum() * counts.sum(axis=1).min() / counts.sum() < SMALLEST_CELL and len(kept) > 1:
-        last = kept.pop()
-        other = other + counts[:, last]
-    return [*(labels[i] for i in kept), POOLED], np.column_stack([counts[:, kept], other])
+    if kept and expected[rare].sum() < SMALLEST_POOL:
+        columns[:, 0] += other
+        return names, columns
+    return [*names, POOLED], np.column_stack([columns, other])
 
 
 def chi_squared(table: Array) -> tuple[float, float]:
@@ -71,7 +74,7 @@ def chi_squared(table: Array) -> tuple[float, float]:
 
 
 def psi(reference: ArrayLike, today: ArrayLike) -> Array:
-    """Population stability index of counts (..., cells): sum (q - p) ln(q / p), which is Jeffreys' divergence.
+    """Population stability index of counts (..., cells): sum (q - p) ln(q / p), Jeffreys' divergence.
 
     Half a record is added to every cell, so empty cells do not make it infinite. Usual reading (Siddiqi 2006,
     Credit Risk Scorecards): below 0.1 stable, 0.1 to 0.25 some shift, above a large one. On equal
@@ -84,9 +87,7 @@ def psi(reference: ArrayLike, today: ArrayLike) -> Array:
     return ((q - p) * np.log(q / p)).sum(axis=-1)
 
 
-def psi_p_value(
-    reference: ArrayLike, today: ArrayLike, rng: np.random.Generator, draws: int = 999
-) -> float:
+def psi_p_value(reference: ArrayLike, today: ArrayLike, rng: np.random.Generator, draws: int = 999) -> float:
     """The p-value of a PSI: how often two samples of these sizes from the pooled shares have one as large."""
     p, q = np.asarray(reference, dtype=np.int64), np.asarray(today, dtype=np.int64)
     shares = (p + q) / (p + q).sum()
