@@ -1,8 +1,8 @@
 """The `posttrain` command. Everything heavy is imported inside the command that needs it.
 
-Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 3 drift found (`drift` only), 75
-stopped by SIGTERM with the work saved, 130 interrupted. What a person reads goes to stderr, what a script reads (--json, schema) to
-stdout.
+Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 3 drift found (`drift` only),
+75 stopped by SIGTERM with the work saved, 130 interrupted. What a person reads goes to stderr, what a script
+reads (--json, schema) to stdout.
 """
 
 from __future__ import annotations

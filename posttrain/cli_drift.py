@@ -33,7 +33,7 @@ def register(app: typer.Typer, reporting: Callable[[], AbstractContextManager[An
             typer.Argument(
                 metavar="SOURCE | baseline REFERENCE",
                 help="The gateway's database or a jsonl file to look at; or `baseline` and a dataset "
-                "directory or jsonl file to make a baseline of.",
+                "directory, jsonl file or database to make a baseline of.",
             ),
         ],
         reference: Annotated[
@@ -81,14 +81,14 @@ def register(app: typer.Typer, reporting: Callable[[], AbstractContextManager[An
             from posttrain.registry import load
 
             things = load(f"{COMMAND}:Things")(tokenizer, embedding, reward_model, _tags(tag or []))
+            selection = load(f"{COMMAND}:parse_selection")(day, since, last, model, version)
             if arguments[0] == BASELINE:
-                _baseline(load(f"{COMMAND}:make_baseline"), arguments[1:], output, things, seed)
+                _baseline(arguments[1:], output, things, selection, seed)
                 return
             if len(arguments) != 1 or reference is None:
                 raise UserError(
-                    "name one database or jsonl file, and --reference\n    posttrain drift --help has examples"
+                    "name one database or jsonl file, and --reference\n    posttrain drift --help shows how"
                 )
-            selection = load(f"{COMMAND}:parse_selection")(day, since, last, model, version)
             outcome = load(f"{COMMAND}:run")(
                 Path(arguments[0]),
                 reference,
@@ -116,15 +116,15 @@ def _tags(given: list[str]) -> dict[str, str]:
     return dict(item.split("=", 1) for item in given)
 
 
-def _baseline(
-    make: Callable[..., Any], arguments: list[str], output: Path | None, things: Any, seed: int
-) -> None:
+def _baseline(arguments: list[str], output: Path | None, things: Any, selection: Any, seed: int) -> None:
+    from posttrain.registry import load
+
     if len(arguments) != 1 or output is None or output.suffix != ".json":
         raise UserError(
-            "a baseline needs one dataset directory or jsonl file and a file to write\n"
+            "a baseline needs one dataset directory, jsonl file or database, and a file to write\n"
             "    posttrain drift baseline DATASET_DIR --output baseline.json"
         )
-    made = make(Path(arguments[0]), output, things, seed)
+    made = load(f"{COMMAND}:make_baseline")(Path(arguments[0]), output, things, selection, seed)
     print(
         f"{output}: {made.rows} rows, {made.fitted} to fit and {made.held_out.size} to compare with",
         file=sys.stderr,

@@ -133,18 +133,13 @@ def summary(days: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(name: str, found: dict[str, Any]) -> list[str]:
-    rows = [
-        f"### {name}",
-        "",
-        "| Day | Alarms | 95 % interval | Features, most frequent first |",
-        "|---|---:|---|---|",
-    ]
+    lines = [f"### {name}", ""]
+    lines += ["| Day | Alarms | 95 % interval | Features, most frequent first |", "|---|---:|---|---|"]
     for shift, row in found["shifts"].items():
         features = ", ".join(f"{feature} {count}" for feature, count in list(row["features"].items())[:4])
-        rows.append(
-            f"| {shift} | {row['found']} of {row['days']} | {row['low']:.1%} to {row['high']:.1%} | {features} |"
-        )
-    return rows
+        interval = f"{row['low']:.1%} to {row['high']:.1%}"
+        lines.append(f"| {shift} | {row['found']} of {row['days']} | {interval} | {features} |")
+    return lines
 
 
 def main() -> int:

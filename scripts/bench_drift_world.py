@@ -25,9 +25,8 @@ Shift = Callable[[list[Record], np.random.Generator], list[Record]]
 
 def lines(path: str) -> list[dict]:
     file = ROOT / path
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
-    with opened as stream:
-        return [json.loads(line) for line in stream]
+    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    return [json.loads(line) for line in data.decode("utf-8").split("\n") if line]
 
 
 def ask(prompt: str, answer: str) -> Record:
@@ -100,7 +99,7 @@ def translated(share: float, texts: Sequence[str]) -> Shift:
 
 
 def doubled(part: str) -> Shift:
-    """Every prompt (last message) or answer is joined by that of another record: twice as long, same words."""
+    """Every prompt (last message) or answer is joined by that of another: twice as long, same words."""
 
     def shift(day: list[Record], rng: np.random.Generator) -> list[Record]:
         order = rng.permutation(len(day))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.errors import DataError, UserError
+from posttrain.hashing import hash_json
 from posttrain.rundir import atomic_write_json
 from serving.drift import baseline as baselines
 from serving.drift.baseline import Baseline
@@ -76,27 +77,38 @@ class Outcome:
         }
 
 
-def make_baseline(reference: Path, output: Path, things: Things, seed: int = 0) -> Baseline:
-    """Measure a dataset directory or jsonl file and write the baseline. Raises UserError."""
-    baseline, _ = _fitted(reference, things, seed)
+def make_baseline(
+    reference: Path, output: Path, things: Things, selection: Selection, seed: int = 0
+) -> Baseline:
+    """Measure a dataset directory, a jsonl file or days of the gateway's database that were good, and write
+    the baseline. Raises UserError."""
+    baseline, _ = _fitted(reference, things, seed, selection)
     baselines.save(baseline, output)
     return baseline
 
 
-def _fitted(reference: Path, things: Things, seed: int) -> tuple[Baseline, Instruments]:
+def _fitted(
+    reference: Path, things: Things, seed: int, selection: Selection | None = None
+) -> tuple[Baseline, Instruments]:
     if not reference.exists():
         raise UserError(
             f"--reference {reference}: no such file or directory\n"
             "    name a dataset directory of the curate stage, a jsonl file, or a saved baseline (.json)"
         )
-    records, source = read_reference(reference)
+    if reference.is_file() and is_database(reference):
+        selection = selection or Selection()
+        records = _chosen(read_samples(reference, selection), selection)
+        content = hash_json([[record.messages, record.answer] for record in records])
+        source = {"path": str(reference), "kind": f"samples ({selection})", "content_hash": content}
+    else:
+        records, source = read_reference(reference)
     settings = Settings.of(things.tokenizer, things.embedding, things.reward_model, things.tags)
     instruments = load_instruments(settings)
     return baselines.fit(records, source, instruments, seed=seed), instruments
 
 
 def load_reference(reference: Path, things: Things, seed: int = 0) -> tuple[Baseline, Instruments]:
-    """A saved baseline (a .json file) with its instruments, or one made of a data set now. Raises UserError."""
+    """A saved baseline (a .json file) and its instruments, or one made of a data set. Raises UserError."""
     if not reference.is_file() or reference.suffix != ".json":
         return _fitted(reference, things, seed)
     baseline = baselines.load(reference)

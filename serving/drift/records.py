@@ -26,8 +26,9 @@ Messages = list[dict[str, str]]
 class Record:
     """One request and its answer.
 
-    answer: None where the data has prompts only, "" where the model said nothing. group: records of one group
-    are not independent (one conversation, one customer). day: UTC. time: unix seconds. extra: the other keys of a jsonl line or row.
+    answer: None where the data has prompts only, "" where the model said nothing. day: UTC. time: unix
+    seconds. group: records of one group are not independent (one conversation, one customer). extra: the
+    other keys of a jsonl line or row.
     """
 
     messages: Messages

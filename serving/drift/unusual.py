@@ -16,15 +16,15 @@ _LONGEST = 2000
 
 
 def farthest(reference: Columns, today: Columns, records: Sequence[Record]) -> list[dict[str, Any]]:
-    """The 8 records whose prompt embedding has the largest mean distance to its 5 nearest in the reference.
+    """The 8 records whose last message is least like its 5 nearest in the reference.
 
-    As {"distance", "messages", "answer"}, texts as they are stored (the gateway redacts before it stores),
-    cut at 2,000 characters.
+    Likeness is the dot product of the embeddings: with TF-IDF and SVD, of unit vectors after projection, so
+    what the reference has no words for is like nothing. As {"distance": 1 - mean likeness, "messages",
+    "answer"}, texts as they are stored (the gateway redacts before it stores), cut at 2,000 characters.
     """
-    from sklearn.neighbors import NearestNeighbors
-
-    index = NearestNeighbors(n_neighbors=min(NEIGHBOURS, reference.size)).fit(reference.vectors["prompt"])
-    distances = index.kneighbors(today.vectors["prompt"])[0].mean(axis=1)
+    likeness = today.vectors["prompt"] @ reference.vectors["prompt"].T
+    nearest = np.sort(likeness, axis=1)[:, -NEIGHBOURS:]
+    distances = 1 - nearest.mean(axis=1)
     shown = []
     for i in np.argsort(-distances, kind="stable")[:SHOWN]:
         record = records[i]
