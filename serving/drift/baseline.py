@@ -131,7 +131,7 @@ def save(baseline: Baseline, path: Path) -> None:
         "held_out": held.size,
         "settings": asdict(baseline.settings),
         "edges": baseline.edges,
-        "numbers": {name: [float(f"{x:.7g}") for x in values] for name, values in held.numbers.items()},
+        "numbers": {name: [float(f"{x:.9g}") for x in values] for name, values in held.numbers.items()},
         "categories": held.categories,
         "tokens": {name: _counts_as_json(counts) for name, counts in held.tokens.items()},
         "vectors": {name: encode(vectors) for name, vectors in held.vectors.items()},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from serving.drift.measure import Columns
 MIN_RECORDS = 50
 KERNEL_ROWS = 1000
 FLOORS = {"PSI": 0.1, "Cohen's h": 0.2, "MMD": 0.06, "JS divergence": 0.01}
-SIDES = ("prompt", "answer")
 
 
 @dataclass(frozen=True)
@@ -132,21 +132,14 @@ def _features(baseline: Baseline, today: Columns, permutations: int) -> Iterable
     held = baseline.held_out
     for name in _names(held.numbers, today.numbers):
         both = name in held.numbers and name in today.numbers
-        yield name, (lambda rng, name=name: _number(baseline, today, name, rng)) if both else None
+        yield name, partial(_number, baseline, today, name) if both else None
     for name in _names(held.categories, today.categories):
         both = name in held.categories and name in today.categories
-        yield name, (lambda rng, name=name: _category(held, today, name, rng)) if both else None
-    for name in SIDES:
+        yield name, partial(_category, held, today, name) if both else None
+    for name in _names(held.tokens, today.tokens):
         both = name in held.tokens and name in today.tokens
-        if both or name in held.tokens or name in today.tokens:
-            yield (
-                f"{name}_words",
-                ((lambda rng, name=name: _tokens(held, today, name, permutations, rng)) if both else None),
-            )
-            yield (
-                f"{name}_embedding",
-                ((lambda rng, name=name: _embedding(held, today, name, permutations, rng)) if both else None),
-            )
+        yield f"{name}_words", partial(_tokens, held, today, name, permutations) if both else None
+        yield f"{name}_embedding", partial(_embedding, held, today, name, permutations) if both else None
 
 
 def _names(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
@@ -181,7 +174,7 @@ def _number(baseline: Baseline, today: Columns, name: str, rng: np.random.Genera
         index,
         p,
         psi=index,
-        psi_p=tests.psi_p_value(*counts, rng),
+        psi_p=tests.psi_p_value(counts[0], counts[1], rng),
         chart=_histogram(before, now),
     )
 

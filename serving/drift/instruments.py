@@ -57,22 +57,27 @@ class Settings:
     def moved_to(self, tokenizer: Path | None, embedding: Path | None, reward_model: Path | None) -> Settings:
         """These settings with things found where they are now. Raises UserError when one is another thing."""
         given = {"tokenizer": tokenizer, "embedding": embedding, "reward_model": reward_model}
-        changes = {}
+        found = {}
         for name, path in given.items():
             noted: dict[str, str] | None = vars(self)[name]
             if path is None:
                 if noted is None:
                     continue
                 path = Path(noted["path"])
-            found = _noted(name, path)
-            if found is None or noted is None or found["hash"] != noted["hash"]:
+            here = _noted(name, path)
+            if here is None or noted is None or here["hash"] != noted["hash"]:
                 raise UserError(
                     f"{_OPTIONS[name]} {path}: the baseline was made "
                     + (f"with another one ({noted['path']})" if noted else "without one")
                     + "\n    make the baseline again with the same option, or leave the option out"
                 )
-            changes[name] = found
-        return replace(self, **changes)
+            found[name] = here
+        return replace(
+            self,
+            tokenizer=found.get("tokenizer"),
+            embedding=found.get("embedding"),
+            reward_model=found.get("reward_model"),
+        )
 
 
 def _noted(name: str, path: Path | None) -> dict[str, str] | None:
@@ -156,7 +161,7 @@ def reward_scorer(path: Path) -> Callable[[Sequence[Record]], Floats]:
 
     def score(records: Sequence[Record]) -> Floats:
         scores = np.full(len(records), np.nan, dtype=np.float32)
-        rows = [(i, found) for i, record in enumerate(records) if (found := ids(record))]
+        rows = [(i, dialogue) for i, record in enumerate(records) if (dialogue := ids(record))]
         rows.sort(key=lambda row: len(row[1]))
         for start in range(0, len(rows), _BATCH):
             batch = rows[start : start + _BATCH]
@@ -164,8 +169,8 @@ def reward_scorer(path: Path) -> Callable[[Sequence[Record]], Floats]:
             padded = torch.tensor([row + [0] * (width - len(row)) for _, row in batch])
             mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for _, row in batch])
             with torch.inference_mode():
-                found = score_ids(model, calibration, padded, mask)
-            scores[[i for i, _ in batch]] = found.float().numpy()
+                rewards = score_ids(model, calibration, padded, mask)
+            scores[[i for i, _ in batch]] = rewards.float().numpy()
         return scores
 
     return score

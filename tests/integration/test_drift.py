@@ -7,6 +7,7 @@ import random
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ DAY = 400
 @pytest.fixture(scope="module")
 def baseline():
     return baselines.fit(
-        desk(3000, seed=1),
+        desk(2000, seed=1),
         {"path": "desk", "kind": "conversation", "content_hash": "0" * 64},
         load_instruments(Settings.of()),
     )
@@ -140,9 +141,9 @@ def fill(path: Path, days: dict[str, list[Record]]) -> Path:
 
 
 def test_the_gateways_database_gives_a_report_with_the_days_before_and_metrics(tmp_path, saved, clean_day):
-    strange = [{"role": "user", "content": "<script>alert(1)</script> Zwölf Boxkämpfer jagen Viktor quer."}]
-    shifted = SHIFTS["language"][0](clean_day, random.Random(3))
-    days = {"2026-01-01": desk(DAY, seed=4), "2026-01-02": [Record(strange, ""), *shifted]}
+    asked = [{"role": "user", "content": "<script>alert(1)</script> Zwölf Boxkämpfer jagen Viktor quer."}]
+    shifted = [*(replace(record, messages=asked) for record in clean_day[:80]), *clean_day[80:]]
+    days = {"2026-01-01": desk(DAY, seed=4), "2026-01-02": shifted}
     path = fill(tmp_path / "monitor.sqlite", days)
     options = ("--reference", saved, "--model", "desk", "--output", tmp_path / "out")
     result = drift(path, *options, "--prometheus", tmp_path / "drift.prom")
