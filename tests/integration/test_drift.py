@@ -75,13 +75,17 @@ def test_a_shift_alarms_on_the_feature_that_it_changes(baseline, clean_day, name
 
 
 def test_a_difference_that_is_sure_and_trivial_is_no_alarm(baseline):
-    """2,000 records of which 2 % are in German: significant, under the floor of PSI."""
-    records = desk(2000, seed=5)
-    shift, _ = SHIFTS["language"]
-    mixed = [*shift(records[:200], random.Random(3)), *records[200:]]
-    (finding,) = (f for f in compared(baseline, mixed).findings if f.feature == "prompt_language")
-    assert finding.p_corrected < 0.001 and finding.verdict == ("drift" if finding.effect >= 0.1 else "small")
-    assert compared(baseline, mixed, correction="bh").correction == "bh"
+    """2,000 records of which 2 % are in German: significant, under the floor of PSI. With 20 %, over it."""
+    records, (shift, _) = desk(2000, seed=5), SHIFTS["language"]
+    columns = {rows: [*shift(records[:rows], random.Random(3)), *records[rows:]] for rows in (200, 2000)}
+    found = {
+        rows: next(
+            f for f in compared(baseline, mixed, correction="bh").findings if f.feature == "prompt_language"
+        )
+        for rows, mixed in columns.items()
+    }
+    assert found[200].p_corrected < 0.001 and found[2000].p_corrected < 0.001
+    assert (found[200].verdict, found[2000].verdict) == ("small", "drift")
 
 
 def test_a_saved_baseline_gives_the_same_and_holds_no_text(baseline, saved, clean_day):
