@@ -1,8 +1,8 @@
 """The `posttrain` command. Everything heavy is imported inside the command that needs it.
 
-Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 75 stopped by SIGTERM with
-the work saved, 130 interrupted. What a person reads goes to stderr, what a script reads (--json, schema) to
-stdout.
+Exit codes: 0 done, 1 the program or the machine failed, 2 something to correct, 3 drift found (`drift` only),
+75 stopped by SIGTERM with the work saved, 130 interrupted. What a person reads goes to stderr, what a script
+reads (--json, schema) to stdout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain import __version__, cli_feedback, cli_gateway, cli_parity, cli_serve
+from posttrain import __version__, cli_drift, cli_feedback, cli_gateway, cli_parity, cli_serve
 from posttrain.cli_plan import add_plan
 from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
@@ -387,3 +387,4 @@ add_plan(app, _reporting, _print_json)
 cli_parity.register(app, _reporting)
 cli_gateway.register(app, _reporting)
 cli_feedback.register(app, _reporting)
+cli_drift.register(app, _reporting)

@@ -1,7 +1,8 @@
 """The errors that reach the user, each with the exit code that the command line returns for it.
 
-0 done, 1 the machine or the program failed, 2 something the user can correct, 75 stopped by SIGTERM with its
-work saved (EX_TEMPFAIL of sysexits.h: run the same command again), 130 interrupted.
+0 done, 1 the machine or the program failed, 2 something the user can correct, 3 drift found (an answer of
+`posttrain drift`, not an error), 75 stopped by SIGTERM with its work saved (EX_TEMPFAIL of sysexits.h: run
+the same command again), 130 interrupted.
 """
 
 from __future__ import annotations

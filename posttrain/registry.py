@@ -184,7 +184,7 @@ STAGES: dict[str, StageSpec] = {
             "serving.export:run",
             "Write a Triton model repository.",
             check="serving.config:check_export",
-            version=3,
+            version=4,
             keep=("model_repository", "export.json"),
         ),
         _spec(

@@ -4,6 +4,8 @@
     vllm        vllm-serve.sh  docker-run.sh
     kserve      Dockerfile  docker-run.sh  inference-service.yaml
 
+and prometheus-rules.yaml, alert rules, for every target.
+
 They are rendered, not run: where an export is made there need be neither Docker nor a cluster nor a GPU.
 """
 
@@ -17,6 +19,7 @@ from typing import Any
 import yaml
 
 from posttrain.environment import package_versions
+from serving.alerts import RULES, prometheus_rules
 from serving.repository import ADAPTERS, REPOSITORY, WEIGHTS
 from serving.targets import Layout
 
@@ -38,7 +41,7 @@ def write_deployment(folder: Path, layout: Layout) -> None:
     """Write the files of the layout's target."""
     target = layout.config.target
     scripts = {"docker-run.sh": docker_run(layout)}
-    texts = {}
+    texts = {RULES: prometheus_rules(layout)}
     if target == "vllm":
         scripts["vllm-serve.sh"] = vllm_serve(layout)
     else:

@@ -5,7 +5,7 @@
     RUN/export.json                              versions, sources, lineage, evaluation, sha256 of every file
     RUN/model_repository/<name>/config.pbtxt     what Triton is told (not for every target)
     RUN/model_repository/<name>/1/               one version: weights, engine arguments, golden.json
-    RUN/deploy/                                  Dockerfile, docker run, Kubernetes for the newest version
+    RUN/deploy/                                  Dockerfile, docker run, Kubernetes, alerts: newest version
 
 A rerun with other inputs adds the next version and touches none that is there. What each target writes is in
 serving/targets.py; golden.json is what `posttrain parity` holds a server to.

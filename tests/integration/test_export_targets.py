@@ -194,7 +194,12 @@ def _resources(run_dir, name):
 
 def test_deployment_files_of_the_default_target(export, tiny_model_dir):
     run_dir = export("triton-vllm", tiny_model_dir, image="registry.local/triton:1", mount_path="/srv/models")
-    assert file_names(run_dir / "deploy") == {"Dockerfile", "docker-run.sh", "kubernetes.yaml"}
+    assert file_names(run_dir / "deploy") == {
+        "Dockerfile",
+        "docker-run.sh",
+        "kubernetes.yaml",
+        "prometheus-rules.yaml",
+    }
     deployment, service = _resources(run_dir, "kubernetes.yaml")
     pod = deployment["spec"]["template"]["spec"]
     (container,) = pod["containers"]

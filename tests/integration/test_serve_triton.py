@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -302,6 +304,14 @@ def test_the_stage_fails_readably_when_it_is_another_model(tmp_path, export_dir,
         execute_stage("serve", config, tmp_path / "serve")
     assert caught.value.exit_code == 1
     assert json.loads((tmp_path / "serve" / "parity.json").read_text())["passed"] is False
+
+
+def test_the_alert_rules_name_metrics_that_this_server_shows(server, export_dir):
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=30) as answer:
+        shown = set(re.findall(r'^(nv_\w+)\{model="desk"', answer.read().decode(), re.MULTILINE))
+    rules = (export_dir / "deploy" / "prometheus-rules.yaml").read_text()
+    named = set(re.findall(r'(nv_\w+)\{model="desk"', rules))
+    assert named and named <= shown
 
 
 def test_a_model_that_cannot_be_loaded_is_reported_with_the_log(tmp_path, repository):
