@@ -113,7 +113,7 @@ def create_app(
     )
     add_error_handlers(app)
     _add_api(app, router, service, control)
-    add_feedback(app, monitor)
+    add_feedback(app, service, monitor)
     _add_health(app, router, metrics, control)
     _add_admin(app, router, metrics, control)
     return app
