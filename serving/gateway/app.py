@@ -125,7 +125,7 @@ def create_app(
     )
     add_error_handlers(app)
     _add_api(app, router, service, control)
-    add_feedback(app, monitor)
+    add_feedback(app, service, monitor)
     add_votes(app, router, service, votes)
     add_settings(app, router, service, votes is not None)
     if page is not None:

@@ -6,7 +6,7 @@ import asyncio
 import sqlite3
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
 from pydantic import Field
@@ -18,6 +18,9 @@ from serving.gateway.metrics import Metrics
 from serving.gateway.schemas import ApiModel, Text
 from serving.monitor.store import Conversation, Entry, RequestRow, Store
 from serving.monitor.writer import Monitor, QueueFullError, Reason
+
+if TYPE_CHECKING:
+    from serving.gateway.service import Service
 
 ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions"})
 """Requests to these are kept, if they came with a valid key."""
@@ -74,17 +77,21 @@ def record(monitor: Monitor, exchange: Exchange) -> None:
     monitor.put(Entry(row, text))
 
 
-def add_feedback(app: FastAPI, monitor: Monitor | None) -> None:
-    """Add POST /v1/feedback."""
+def add_feedback(app: FastAPI, service: Service, monitor: Monitor | None) -> None:
+    """Add POST /v1/feedback, which counts among the requests of its key."""
 
     @app.post("/v1/feedback")
     async def feedback(request: Request, body: Feedback) -> Any:
         """Say whether an answer was good: one that is among the samples, with the key that asked for it."""
         exchange: Exchange = request.state.exchange
         assert exchange.key is not None, "the guard lets nobody in without a key"
-        for name in _names(body.request_id):
-            if monitor is not None and await _flag(monitor, name, exchange.key.name, body):
-                return {"object": "feedback", "request_id": name, "rating": body.rating}
+        state = service.limiter.admit(exchange.key)
+        try:
+            for name in _names(body.request_id):
+                if monitor is not None and await _flag(monitor, name, exchange.key.name, body):
+                    return {"object": "feedback", "request_id": name, "rating": body.rating}
+        finally:
+            service.limiter.release(state)
         raise ApiError(
             404,
             f"no sample is kept of a request '{shown(body.request_id)}' of this key",

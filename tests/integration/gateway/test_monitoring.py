@@ -189,6 +189,14 @@ def test_feedback_flags_the_sample_of_the_key_that_asked(monitored):
     assert rows(monitored, "SELECT flag FROM samples WHERE request_id = ?", name) == [("up",)]
 
 
+def test_feedback_counts_among_the_requests_of_a_key(monitored):
+    """bob may send three a minute."""
+    told = {"request_id": "none", "rating": "up"}
+    statuses = [post(monitored, told, "bob")[0] for _ in range(4)]
+    assert statuses[0] == 404
+    assert statuses[-1] == 429
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
