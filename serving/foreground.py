@@ -65,14 +65,14 @@ def serve_forever(
         UserError: not an export of a target that is served here, no Triton environment, a port that is taken.
         PosttrainError: the server did not start, or it was given up.
     """
+    export_dir = find_export(run)
+    manifest = read_export(export_dir)
+    check_target(export_dir, manifest)
+    environment = find_environment(triton_env)
+    chosen = choose_ports(ports)
     scratch, log_is_needed = Path(tempfile.mkdtemp(prefix="posttrain-serve-")), False
     try:
         with _ended_by_signals():
-            environment = find_environment(triton_env)
-            export_dir = find_export(run)
-            manifest = read_export(export_dir)
-            check_target(export_dir, manifest)
-            chosen = choose_ports(ports)
             server = EmbeddedServer(
                 export_dir / REPOSITORY,
                 manifest["name"],
@@ -89,23 +89,20 @@ def serve_forever(
                 if run_gateway is None or chosen.gateway is None:
                     _wait(server)
                 else:
-                    file = scratch / "gateway.yaml"
                     # JSON is YAML.
+                    file = scratch / "gateway.yaml"
                     file.write_text(json.dumps(gateway_config(server, export_dir, chosen.gateway)))
                     _serve_api(server, run_gateway, file)
             finally:
                 server.stop()
     except KeyboardInterrupt:
-        pass
-    except UserError:
-        raise
-    except PosttrainError:
-        log_is_needed = log_file is None
+        _print(console, "stopped")
+    except PosttrainError as error:
+        log_is_needed = log_file is None and not isinstance(error, UserError)
         raise
     finally:
         if not log_is_needed:
             shutil.rmtree(scratch)
-    _print(console, "stopped")
 
 
 def find_export(run: Path) -> Path:
