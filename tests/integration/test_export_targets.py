@@ -109,6 +109,7 @@ def test_a_graph_that_differs_is_found(export, tiny_reward_dir, tmp_path):
 BACKEND_MODULES = (
     "__init__",
     "adapters",
+    "attention",
     "batching",
     "detokenise",
     "drawing",

@@ -187,13 +187,26 @@ def test_a_seed_is_repeatable_and_seeds_differ(client):
 
 
 def test_several_answers_of_one_request_come_in_one_response(client, server):
-    sampling = {"temperature": 1.0, "max_tokens": 12, "seed": 3, "logprobs": 0}
-    alone = [client.generate_http(PROMPT, sampling | {"seed": 3 + number}) for number in range(3)]
-    answer = client.generate_http(PROMPT, sampling | {"n": 3})
-    for output in ("text_output", "finish_reason", "num_output_tokens", "logprobs"):
-        assert answer[output] == [each[output] for each in alone]
+    outputs = ("finish_reason", "logprobs", "cumulative_logprob", "num_output_tokens")
+
+    def ask(**sampling):
+        parameters = {"temperature": 1.0, "max_tokens": 12, "logprobs": 0} | sampling
+        body = {"text_input": PROMPT, "sampling_parameters": json.dumps(parameters)}
+        body |= {f"return_{output}": True for output in (*outputs, "num_input_tokens")}
+        status, text = post_json(f"http://{server.http_url}/v2/models/{NAME}/generate", body, 60)
+        assert status == 200, text
+        return json.loads(text)
+
+    alone = [ask(seed=3 + number) for number in range(3)]
+    together = ask(seed=3, n=3)
+    for output in ("text_output", "finish_reason", "num_output_tokens"):
+        assert together[output] == [answer[output] for answer in alone]
+    assert together["cumulative_logprob"] == pytest.approx([each["cumulative_logprob"] for each in alone])
+    drawn = [[next(iter(position)) for position in json.loads(each["logprobs"])] for each in alone]
+    assert [[next(iter(p)) for p in json.loads(each)] for each in together["logprobs"]] == drawn
+    assert together["num_input_tokens"] == alone[0]["num_input_tokens"]
     with pytest.raises(RequestFailedError, match="n must be 1 when streaming"):
-        client.generate([PROMPT], sampling | {"n": 2})
+        client.generate([PROMPT], GREEDY | {"n": 2})
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import find_head_dim, find_num_key_value_heads
 
+from serving.backends.vllm.attention import PER_REQUEST
+
 PAGE_TOKENS = 32
 MAX_BATCH_TOKENS = 256
 CACHE_BYTES = 1 << 30
@@ -65,10 +67,15 @@ class PagedBatch:
             use_cuda_graph=False,
             use_async_batching=False,
         )
+        if model.config._attn_implementation == PER_REQUEST:
+            model.set_attn_implementation("sdpa")
         settings = GenerationConfig(do_sample=False, eos_token_id=-1)
         self._manager = model.init_continuous_batching(settings, config)
         self._manager.warmup()
         self._processor = self._manager.batch_processor
+        if model.config._attn_implementation == "sdpa":
+            # Inputs and masks are now made as for "sdpa", which this one takes the place of.
+            model.set_attn_implementation(PER_REQUEST)
 
     def add(self, key: str, prompt_ids: list[int], max_tokens: int, adapter: str | None) -> bool:
         """Take a request in, or return False while there is no room for it."""
@@ -100,8 +107,8 @@ class PagedBatch:
         if self.adapters is not None:
             self.adapters.use(spans, ends if self._keeps_logits else None)
         batch = inputs.get_model_kwargs()
-        # There is a mask, so it says nothing; but transformers would keep it in the shared configuration for the
-        # length of the pass, and what another thread generates with the model would come out wrong.
+        # There is a mask, so it says nothing; but transformers would keep it in the model's configuration for
+        # the time of a pass, and what another thread generates would come out wrong.
         del batch["is_causal"]
         ends_R = batch["logits_indices"][: len(ends)]
         if self._keeps_logits:
