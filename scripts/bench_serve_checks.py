@@ -41,6 +41,7 @@ async def short_behind_long(load: HttpLoad, requests: Sequence[Request], trials:
         await short.ask(Request(prompt.prompt, prompt.prompt_tokens, 1))  # opens its connection
         short.answers.clear()
         task = asyncio.create_task(long.ask(Request(prompt.prompt, prompt.prompt_tokens, LONG_TOKENS)))
+        # The gateway begins its answer when Triton's first token has come.
         while not task.done() and not (long.connection is not None and long.connection.pieces):
             await asyncio.sleep(0.001)
         await short.ask(Request(prompt.prompt, prompt.prompt_tokens, SHORT_TOKENS))
