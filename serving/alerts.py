@@ -48,6 +48,7 @@ def _rule(name: str, expr: str, wait: str, severity: str, summary: str, descript
 def _gateway() -> dict[str, Any]:
     p = "posttrain_gateway"
     by = "by (model, version)"
+    failed = f'{p}_reloads_total{{outcome="failed"}}'
     rules = [
         _rule(
             "PosttrainGatewayDown",
@@ -120,7 +121,8 @@ def _gateway() -> dict[str, Any]:
         ),
         _rule(
             "PosttrainReloadFailed",
-            f'increase({p}_reloads_total{{outcome="failed"}}[1h]) > 0',
+            # The series begins with the first failure, at 1, which increase() does not see.
+            f"increase({failed}[1h]) > 0 or ({failed} unless {failed} offset 1h)",
             "0m",
             "warning",
             "A change of {{ $labels.what }} was not taken over",

@@ -109,7 +109,7 @@ def compare(
             continue
         found = run(rng)
         if found is None:
-            left_out[feature] = "the same value everywhere"
+            left_out[feature] = "too few values, or the same everywhere"
         else:
             findings.append(found)
     corrected = tests.corrected([finding.p for finding in findings], correction)

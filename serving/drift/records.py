@@ -125,12 +125,15 @@ def read_jsonl(path: Path) -> list[Record]:
 
     Without "answer" the last assistant message is the answer. Raises DataError with file and line.
     """
-    records = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                records.append(_parsed(line, f"{path}:{number}"))
-    return records
+    try:
+        with path.open(encoding="utf-8") as lines:
+            found = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: is neither UTF-8 text nor an SQLite database ({error})\n"
+            "    name the gateway's monitoring.database, or a jsonl file"
+        ) from error
+    return [_parsed(line, f"{path}:{number}") for number, line in found]
 
 
 def _parsed(line: str, where: str) -> Record:

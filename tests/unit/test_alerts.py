@@ -159,8 +159,11 @@ CASES = {
         {"posttrain_gateway_connections": "0x120", REQUESTS + '"200"}': "0+1x120"},
     ),
     "PosttrainReloadFailed": (
-        {'posttrain_gateway_reloads_total{what="keys",outcome="failed"}': "0x90 1x30"},
-        {'posttrain_gateway_reloads_total{what="keys",outcome="done"}': "0x90 1x30"},
+        {'posttrain_gateway_reloads_total{what="keys",outcome="failed"}': "_x89 1x30"},
+        {
+            'posttrain_gateway_reloads_total{what="keys",outcome="done"}': "_x89 1x30",
+            'posttrain_gateway_reloads_total{what="keys",outcome="failed"}': "1x120",
+        },
     ),
     "PosttrainModelDown": (
         {'nv_inference_request_success{model="other",version="1"}': "1x120"},

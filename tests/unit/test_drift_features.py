@@ -116,6 +116,9 @@ def test_a_jsonl_line_is_a_record_or_an_error_that_names_it(tmp_path):
         file.write_text(line)
         with pytest.raises(DataError, match=complaint):
             read_jsonl(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="neither UTF-8 text nor an SQLite database"):
+        read_jsonl(file)
 
 
 def test_every_kind_of_data_set_gives_records(
