@@ -90,7 +90,7 @@ def figures(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; "under 0.001" for smaller p-values and effects, "-" for None."""
+    """Three significant digits; "<0.001" for smaller p-values and effects, "-" for None."""
     if value is None:
         return "-"
-    return "0" if value == 0 else "under 0.001" if 0 < value < 0.001 else f"{value:.3g}"
+    return "0" if value == 0 else "<0.001" if 0 < value < 0.001 else f"{value:.3g}"

