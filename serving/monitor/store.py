@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import sqlite3
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from data_prep.pii import Redactor
 from posttrain.errors import UserError
+from serving.monitor.database import connect
 
 BUSY_SECONDS = 2.0
 """So long a write waits for another writer of the file."""
@@ -33,6 +33,8 @@ _SAMPLE = """(
     comment TEXT
 )"""
 SCHEMA = (
+    "PRAGMA synchronous=NORMAL",
+    "PRAGMA secure_delete=ON",
     """CREATE TABLE IF NOT EXISTS requests (
     id TEXT PRIMARY KEY, time REAL, model TEXT, version TEXT, endpoint TEXT, status INTEGER, stream INTEGER,
     key TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, finish_reason TEXT, first_token_s REAL,
@@ -122,7 +124,8 @@ class Store:
         self.clock = clock
         self._pruned = float("-inf")
         try:
-            self.connection = _connect(path)
+            # Made where an error can still end the program, then used by the thread that writes.
+            self.connection = connect(path, SCHEMA, timeout_s=BUSY_SECONDS, check_same_thread=False)
         except (sqlite3.Error, OSError) as error:
             raise UserError(
                 f"monitoring.database: {path} cannot be used ({error})\n"
@@ -257,19 +260,3 @@ class Store:
 def day_of(seconds: float) -> str:
     """YYYY-MM-DD of unix seconds, UTC."""
     return datetime.fromtimestamp(seconds, UTC).date().isoformat()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    os.chmod(path, 0o600)
-    # Made where an error can still end the program, then used by the thread that writes.
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    try:
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "secure_delete=ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        for statement in SCHEMA:
-            connection.execute(statement)
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection

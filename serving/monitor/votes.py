@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sqlite3
 import time
 import uuid
@@ -20,15 +19,17 @@ from typing import Any
 
 from data_prep.pii import Redactor
 from posttrain.errors import UserError
+from serving.monitor.database import connect
 
 BUSY_SECONDS = 10.0
 """So long a vote waits for another writer of the file."""
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS votes (
+SCHEMA = (
+    "PRAGMA synchronous=FULL",
+    """CREATE TABLE IF NOT EXISTS votes (
     id TEXT PRIMARY KEY, time REAL, model TEXT, messages TEXT, version_a TEXT, version_b TEXT,
     answer_a TEXT, answer_b TEXT, choice TEXT, sampling TEXT, key TEXT, comment TEXT
+)""",
 )
-"""
 INSERT = "INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
@@ -63,7 +64,7 @@ class VoteStore:
         self.redact = redact
         self._thread = ThreadPoolExecutor(1, "votes")
         try:
-            self._connection = self._thread.submit(connect, path).result()
+            self._connection = self._thread.submit(self._open).result()
         except (sqlite3.Error, OSError) as error:
             self._thread.shutdown()
             raise UserError(
@@ -80,45 +81,27 @@ class VoteStore:
         # One redactor for the whole vote: the same value has the same pseudonym in all its texts.
         clean = Redactor().redact if self.redact else str
         messages = [{**message, "content": clean(message["content"])} for message in vote.messages]
-        with self._connection:
-            self._connection.execute(
-                INSERT,
-                (
-                    name,
-                    time.time(),
-                    vote.model,
-                    json.dumps(messages, ensure_ascii=False),
-                    vote.version_a,
-                    vote.version_b,
-                    clean(vote.answer_a),
-                    clean(vote.answer_b),
-                    vote.choice,
-                    json.dumps(vote.sampling),
-                    vote.key,
-                    None if vote.comment is None else clean(vote.comment),
-                ),
-            )
+        row = (
+            name,
+            time.time(),
+            vote.model,
+            json.dumps(messages, ensure_ascii=False),
+            vote.version_a,
+            vote.version_b,
+            clean(vote.answer_a),
+            clean(vote.answer_b),
+            vote.choice,
+            json.dumps(vote.sampling),
+            vote.key,
+            None if vote.comment is None else clean(vote.comment),
+        )
+        self._connection.execute(INSERT, row)
         return name
+
+    def _open(self) -> sqlite3.Connection:
+        return connect(self.path, SCHEMA, timeout_s=BUSY_SECONDS)
 
     def close(self) -> None:
         """Write what is under way and close the file."""
         self._thread.submit(self._connection.close).result()
         self._thread.shutdown()
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection that writes ahead and syncs every commit; the table exists.
-
-    Raises OSError or sqlite3.Error.
-    """
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute(SCHEMA)
-        connection.commit()
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection

@@ -52,7 +52,7 @@ def guard(error: BaseException, router: Any = None, **settings: Any) -> Guard:
         raise error
 
     page = config.authentication if config.serves_page else None
-    app = create_app(router or failing, failing, metrics, Control(reload), None, page)
+    app = create_app(router or failing, failing, metrics, Control(reload), page=page)
     keys = KeyRing([ApiKey(name="alice", sha256=hash_key("key"))], hash_key("root"))
     return Guard(app, config, keys, metrics)
 
@@ -216,7 +216,7 @@ def test_a_vote_that_is_not_on_the_disk_is_an_error_without_its_text() -> None:
     router.table = Table({"m": Model("m", config, {"v": version}, {"v": 1.0})})
     guarded = guard(RuntimeError(SECRET))
     service, full = Service(router, guarded.metrics, 8), Full()
-    guarded.app = create_app(router, service, guarded.metrics, Control(Counting().ready), full)  # type: ignore[arg-type]
+    guarded.app = create_app(router, service, guarded.metrics, Control(Counting().ready), votes=full)  # type: ignore[arg-type]
     status, headers, text = call(guarded, "POST", "/v1/votes", body=json.dumps(VOTE).encode())
     assert (status, headers["retry-after"]) == (503, "1")
     assert json.loads(text)["error"]["code"] == "vote_not_kept"

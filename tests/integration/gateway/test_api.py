@@ -313,7 +313,7 @@ def test_requests_at_a_time(gateway):
 
 
 def test_a_request_leaves_numbers_and_no_text(gateway, client):
-    secret = "Maria Lopez, card 4929 1111"
+    secret = "Maria Lopez, card no. 4929-1111"
     asked = client.chat.completions.with_raw_response.create(
         model="support",
         messages=[{"role": "user", "content": secret}],
@@ -338,7 +338,7 @@ def test_a_request_leaves_numbers_and_no_text(gateway, client):
         200,
     )
     written = "".join(gateway.lines)
-    for text in ("Maria", "4929", "someone", "pt-alice"):
+    for text in ("Maria", "no. 4929", "someone", "pt-alice"):
         assert text not in written
 
 
