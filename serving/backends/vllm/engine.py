@@ -42,7 +42,7 @@ class Limits:
     max_prompt_characters: int = 32768
     max_output_tokens: int = 1024
     max_queue: int = 256
-    max_active: int = 16
+    max_active: int = 32
 
 
 class Engine:
@@ -58,7 +58,7 @@ class Engine:
         self.limits = limits
         self.stop_ids = end_of_turn_ids(model, tokenizer)
         self._new_batch = choose_batching(model, adapters, limits.max_model_len, limits.max_active)
-        self._batch = self._new_batch()
+        self._batch: Any = self._new_batch()
         self._logprobs = LogprobReader(tokenizer)
         self._keys = itertools.count()
         self._waiting: queue.Queue[Answer | None] = queue.Queue()
@@ -210,12 +210,13 @@ class Engine:
                 f"the engine has stopped after {self._failures} failures in a row, the last one: {problem}; "
                 "restart the server"
             )
-        del self._batch
+        self._batch = None
         gc.collect()
         self._batch = self._new_batch()
 
     def _stop(self, reason: str) -> None:
         """Nobody waits for an answer that will not come, whatever ended the thread."""
+        self._batch = None
         with self._stopping:
             self._stopped = reason
         remaining = [*self._active.values()] + ([self._next] if self._next is not None else [])
