@@ -58,7 +58,7 @@ def loaded(tiny_model_dir):
     return load_causal_lm(tiny_model_dir), load_tokenizer(tiny_model_dir)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(loaded):
     made = Engine(*loaded, Limits(max_model_len=128, max_prompt_characters=400, max_active=3))
     yield made
