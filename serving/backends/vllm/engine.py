@@ -82,10 +82,13 @@ class Engine:
             raise RequestError(f"the queue is full ({self.limits.max_queue} requests)", unavailable=True)
         answers = [self._answer(prompt_ids, params, sink, at) for at, sink in enumerate(sinks)]
         with self._stopping:
-            for answer in answers if self._stopped is None else ():
-                self._waiting.put(answer)
-        for answer in answers if self._stopped is not None else ():
-            answer.fail(self._stopped, unavailable=True)
+            stopped = self._stopped
+            if stopped is None:
+                for answer in answers:
+                    self._waiting.put(answer)
+        if stopped is not None:
+            for answer in answers:
+                answer.fail(stopped, unavailable=True)
 
     def close(self) -> None:
         """Finish what is being served, then stop the thread."""
