@@ -317,7 +317,15 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _dataset_fixture(tmp_path_factory, "text")
 
 
-def random_adapter(directory: Path, base: Path, *, seed: int, r: int = 4, scale: float = 1.0) -> Path:
+def random_adapter(
+    directory: Path,
+    base: Path,
+    *,
+    seed: int,
+    r: int = 4,
+    scale: float = 1.0,
+    target_modules: str | list[str] = "all-linear",
+) -> Path:
     """A LoRA adapter on `base` with random weights in both factors, those of B times `scale`."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -327,7 +335,7 @@ def random_adapter(directory: Path, base: Path, *, seed: int, r: int = 4, scale:
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules="all-linear",
+        target_modules=target_modules,
         r=r,
         lora_alpha=2 * r,
         init_lora_weights=False,

@@ -58,7 +58,7 @@ def loaded(tiny_model_dir):
     return load_causal_lm(tiny_model_dir), load_tokenizer(tiny_model_dir)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def engine(loaded):
     made = Engine(*loaded, Limits(max_model_len=128, max_prompt_characters=400, max_active=3))
     yield made
@@ -289,12 +289,16 @@ def test_answers_do_not_depend_on_room_or_on_how_prompts_are_cut(loaded, monkeyp
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory, tiny_model_dir):
-    """A model with two adapters, and what each of them and the plain model generate: {name: ids}."""
+    """A model with adapters, and what each of them and the plain model generate: {name: ids}.
+
+    One adapter changes the output layer, which sees fewer tokens than the layers before it.
+    """
     root = tmp_path_factory.mktemp("adapters")
     tokenizer = load_tokenizer(tiny_model_dir)
     paths = {
-        name: random_adapter(root / name, tiny_model_dir, seed=seed)
-        for seed, name in enumerate(("a", "keys"))
+        "a": random_adapter(root / "a", tiny_model_dir, seed=0),
+        "keys": random_adapter(root / "keys", tiny_model_dir, seed=1),
+        "head": random_adapter(root / "head", tiny_model_dir, seed=2, target_modules=["q_proj", "lm_head"]),
     }
     expected = {None: _generate((load_causal_lm(tiny_model_dir), tokenizer), PROMPT, 10)}
     for name, path in paths.items():
@@ -305,14 +309,31 @@ def adapted(tmp_path_factory, tiny_model_dir):
 
 def test_requests_of_different_adapters_do_not_mix(adapted):
     model, tokenizer, adapters, expected = adapted
-    assert len({tuple(ids) for ids in expected.values()}) == 3
+    assert len({tuple(ids) for ids in expected.values()}) == 4
     engine = Engine(model, tokenizer, Limits(max_model_len=128, max_active=9), adapters)
-    names = ["a", None, "keys", "keys", None, "a", "a"]
+    names = ["a", None, "keys", "head", "keys", None, "a", "head", "a"]
     sinks = [_ask(engine, max_tokens=10, ignore_eos=True, lora_name=name) for name in names]
     assert [sink.wait().ids for sink in sinks] == [expected[name] for name in names]
-    with pytest.raises(RequestError, match="lora_name 'b' is not served; adapters are a, keys"):
+    with pytest.raises(RequestError, match="lora_name 'b' is not served; adapters are a, keys, head"):
         _ask(engine, lora_name="b")
     engine.close()
+
+
+def test_adapters_keep_to_their_requests_while_prompts_are_read_in_pieces(adapted, monkeypatch):
+    """Pieces of the prompts of some requests are computed beside the tokens of others."""
+    monkeypatch.setattr("serving.backends.vllm.batching.MAX_BATCH_TOKENS", 8)
+    model, tokenizer, adapters, expected = adapted
+    engine = Engine(model, tokenizer, Limits(max_model_len=128, max_active=5), adapters)
+    names = [*expected, *reversed(expected)]
+    sinks = [_ask(engine, max_tokens=10, ignore_eos=True, lora_name=name) for name in names]
+    assert [sink.wait().ids for sink in sinks] == [expected[name] for name in names]
+    engine.close()
+
+
+def test_an_adapter_of_the_embeddings_is_refused(tmp_path, tiny_model_dir):
+    path = random_adapter(tmp_path / "a", tiny_model_dir, seed=0, target_modules=["embed_tokens", "q_proj"])
+    with pytest.raises(ValueError, match="embed_tokens.*export the adapter merged"):
+        Adapters(load_causal_lm(tiny_model_dir), {"a": path})
 
 
 def test_an_adapter_is_unknown_where_there_are_none(engine):

@@ -94,7 +94,8 @@ class PagedBatch:
         A prompt longer than what is left of MAX_BATCH_TOKENS is computed in several steps, the last of which
         has its row.
         """
-        self._processor.prepare_next_batch()
+        if not self._processor.prepare_next_batch():
+            raise RuntimeError("none of the requests could be scheduled")
         inputs = self._processor.inputs_and_outputs
         ends, keys, spans, end = [], [], [], 0
         for scheduled in inputs.requests_in_batch:

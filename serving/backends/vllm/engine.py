@@ -42,7 +42,7 @@ class Limits:
     max_prompt_characters: int = 32768
     max_output_tokens: int = 1024
     max_queue: int = 256
-    max_active: int = 16
+    max_active: int = 32
 
 
 class Engine:
@@ -58,7 +58,7 @@ class Engine:
         self.limits = limits
         self.stop_ids = end_of_turn_ids(model, tokenizer)
         self._new_batch = choose_batching(model, adapters, limits.max_model_len, limits.max_active)
-        self._batch = self._new_batch()
+        self._batch: Any = self._new_batch()
         self._logprobs = LogprobReader(tokenizer)
         self._keys = itertools.count()
         self._waiting: queue.Queue[Answer | None] = queue.Queue()
@@ -74,20 +74,24 @@ class Engine:
         """Queue one request, with one answer for each sink; answer number i is drawn with `seed` + i.
 
         Raises:
-            RequestError: empty or too long a prompt, an unknown adapter, or a full queue. A stopped engine is
-            reported to the sinks.
+            RequestError: the engine has stopped, whatever is asked (the supervisor's probe relies on it); empty
+            or too long a prompt, an unknown adapter, or a full queue. One that stops now is reported to the
+            sinks.
         """
+        if self._stopped is not None:
+            raise RequestError(self._stopped, unavailable=True)
         prompt_ids = self._read_prompt(prompt, params)
         if self._waiting.qsize() + len(sinks) > self.limits.max_queue:
             raise RequestError(f"the queue is full ({self.limits.max_queue} requests)", unavailable=True)
         answers = [self._answer(prompt_ids, params, sink, at) for at, sink in enumerate(sinks)]
         with self._stopping:
-            reason = self._stopped
-            for answer in answers if reason is None else ():
-                self._waiting.put(answer)
-        if reason is not None:
+            stopped = self._stopped
+            if stopped is None:
+                for answer in answers:
+                    self._waiting.put(answer)
+        if stopped is not None:
             for answer in answers:
-                answer.fail(reason, unavailable=True)
+                answer.fail(stopped, unavailable=True)
 
     def close(self) -> None:
         """Finish what is being served, then stop the thread."""
@@ -212,12 +216,13 @@ class Engine:
                 f"the engine has stopped after {self._failures} failures in a row, the last one: {problem}; "
                 "restart the server"
             )
-        del self._batch
+        self._batch = None
         gc.collect()
         self._batch = self._new_batch()
 
     def _stop(self, reason: str) -> None:
         """Nobody waits for an answer that will not come, whatever ended the thread."""
+        self._batch = None
         with self._stopping:
             self._stopped = reason
         remaining = [*self._active.values()] + ([self._next] if self._next is not None else [])
