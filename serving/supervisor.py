@@ -2,7 +2,7 @@
 
     python -I supervisor.py SETTINGS_JSON -- tritonserver ARGUMENTS       (SETTINGS_JSON: see Settings)
 
-Standard library only. Standard input is a pipe that the owner keeps open; it writes once: the model is ready. When it closes
+Standard library only. Standard input is a pipe the owner keeps open. When it closes
 (the owner stopped the server, raised, or was killed) or a signal comes, tritonserver gets SIGTERM, after the
 grace period SIGKILL with its whole process group; then its shared memory and the work directory are removed.
 
