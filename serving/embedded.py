@@ -145,6 +145,8 @@ class EmbeddedServer:
         )
         try:
             self.wait_until_ready()
+            # Its first look at the model may come after the server's first failure.
+            os.write(self._supervisor.stdin.fileno(), b"ready")  # type: ignore[union-attr]
         except BaseException:
             self.stop()
             raise

@@ -96,13 +96,14 @@ def serve_forever(
             finally:
                 server.stop()
     except KeyboardInterrupt:
-        _print(console, "stopped")
+        pass
     except PosttrainError as error:
         log_is_needed = log_file is None and not isinstance(error, UserError)
         raise
     finally:
         if not log_is_needed:
             shutil.rmtree(scratch)
+    _print(console, "stopped")
 
 
 def find_export(run: Path) -> Path:

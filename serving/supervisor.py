@@ -2,7 +2,7 @@
 
     python -I supervisor.py SETTINGS_JSON -- tritonserver ARGUMENTS       (SETTINGS_JSON: see Settings)
 
-Standard library only. Standard input is a pipe that the owner keeps open and never writes to. When it closes
+Standard library only. Standard input is a pipe the owner keeps open. When it closes
 (the owner stopped the server, raised, or was killed) or a signal comes, tritonserver gets SIGTERM, after the
 grace period SIGKILL with its whole process group; then its shared memory and the work directory are removed.
 
@@ -187,7 +187,7 @@ class Supervisor:
     def __init__(self, settings: Settings, command: list[str]) -> None:
         self.settings = settings
         self.command = command
-        self.asked_to_end = threading.Event()
+        self.asked_to_end, self.told_ready = threading.Event(), False
         self._failures: deque[float] = deque()
 
     def run(self) -> int:
@@ -202,7 +202,7 @@ class Supervisor:
             finally:
                 # One that failed would wait for answers of a dead stub, and its clients with it.
                 server.end(0.0 if failure else self.settings.grace_s)
-            was_ready = was_ready or server.ready
+            was_ready = was_ready or server.ready or self.told_ready
             if failure is None or not was_ready:
                 return server.process.returncode if server.process.returncode >= 0 else 1
             loaded = server.loaded
@@ -242,8 +242,9 @@ class Supervisor:
         while not self.asked_to_end.is_set():
             left = max(deadline - time.monotonic(), 0.0)
             readable, _, _ = select.select([0], [], [], min(left, POLL_SECONDS))
-            if readable and not os.read(0, 4096):
+            if readable and not (said := os.read(0, 4096)):
                 return True
+            self.told_ready = self.told_ready or bool(readable and said)
             if left == 0.0:
                 return False
         return True
