@@ -29,6 +29,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -213,6 +214,8 @@ def run_all(options: argparse.Namespace, settings: Settings, world: World) -> di
 
 def main(arguments: list[str] | None = None) -> int:
     options, settings = parse(arguments)
+    # As for Ctrl-C: what was started is stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     os.environ.update(environment_for(settings))
     sys.path.insert(0, str(SCRIPTS.parent))
     from posttrain.errors import PosttrainError
