@@ -6,6 +6,8 @@ import asyncio
 import json
 import sqlite3
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from posttrain.errors import UserError
 from serving.gateway.config import GatewayConfig
 from serving.gateway.exchange import PAGE_FILES
 from serving.monitor import votes as module
+from serving.monitor.store import Store
 from serving.monitor.votes import Vote, VoteStore
 
 VOTE = Vote(
@@ -83,6 +86,22 @@ def test_personal_data_is_redacted_in_every_text_unless_told_not_to(tmp_path: Pa
     assert row["comment"] == "[EMAIL_1] again"
     (row,) = kept(tmp_path / "False.sqlite")
     assert row["comment"] == f"{mail} again"
+
+
+def test_readers_of_other_processes_take_nothing_away(tmp_path: Path) -> None:
+    """Two connections here, as in the gateway, and a reader elsewhere that closes the file between writes."""
+    path = tmp_path / "m.sqlite"
+    store = Store(path, samples=0, retention_days=1)
+    votes = VoteStore(path)
+    count = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1])\n"
+    count += "print(c.execute('SELECT count(*) FROM votes').fetchone()[0]); c.close()"
+    for number in (1, 2, 3):
+        asyncio.run(votes.add(VOTE))
+        done = subprocess.run([sys.executable, "-c", count, path], capture_output=True, text=True, check=True)
+        assert int(done.stdout) == number
+    votes.close()
+    store.close()
+    assert len(kept(path)) == 3
 
 
 def test_a_vote_waits_for_another_writer_and_is_an_error_when_that_takes_too_long(

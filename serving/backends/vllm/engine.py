@@ -74,9 +74,9 @@ class Engine:
         """Queue one request, with one answer for each sink; answer number i is drawn with `seed` + i.
 
         Raises:
-            RequestError: the engine has stopped, whatever is asked (the supervisor's probe relies on it); empty
-            or too long a prompt, an unknown adapter, or a full queue. One that stops now is reported to the
-            sinks.
+            RequestError: the engine has stopped, whatever is asked (the supervisor's probe relies on that);
+            empty or too long a prompt, an unknown adapter, or a full queue. One that stops now is reported to
+            the sinks.
         """
         if self._stopped is not None:
             raise RequestError(self._stopped, unavailable=True)
