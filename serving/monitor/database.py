@@ -16,9 +16,9 @@ def connect(
 
     The file is made readable by its owner only. Raises OSError or sqlite3.Error.
     """
-    # Opened by hand only to make it: closing any descriptor of the file gives up this process's POSIX locks on
-    # it, those of its other connections included. Then a reader elsewhere would think itself the last one, and
-    # delete the write-ahead log that is still being written (sqlite.org/howtocorrupt.html, 2.2).
+    # Opened by hand only to make it: closing any descriptor of the file gives up this process's POSIX locks
+    # on it, those of its other connections included. Then a reader elsewhere would think itself the last one,
+    # and delete the write-ahead log that is still being written (sqlite.org/howtocorrupt.html, 2.2).
     with contextlib.suppress(FileExistsError):
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
     os.chmod(path, 0o600)
