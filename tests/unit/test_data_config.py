@@ -97,7 +97,7 @@ def _save(path: Path, rows: list[dict[str, Any]]) -> Path:
         return path
     lines = ".jsonl" in path.name
     raw = ("\n\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)).encode()
-    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    path.write_bytes(gzip.compress(raw, mtime=0) if path.suffix == ".gz" else raw)
     return path
 
 
@@ -134,7 +134,7 @@ def test_a_bad_line_is_one_bad_row(tmp_path: Path, line: bytes, reason: str) -> 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 50)[:-12], "truncated gzip"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 50, mtime=0)[:-12], "truncated gzip"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "damaged or truncated gzip"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "rename it to .jsonl"),
         ("a.json", b'{"text": "a"}', "holds one dict, not a list"),
