@@ -71,6 +71,17 @@ def _ask(engine, prompt=PROMPT, **params):
     return sink
 
 
+def _refusal(engine):
+    """Why a request is not answered, said at once or to its sink."""
+    try:
+        sink = _ask(engine).wait()
+    except RequestError as error:
+        assert error.unavailable
+        return str(error)
+    assert sink.unavailable
+    return sink.error
+
+
 def _generate(loaded, prompt, count):
     model, tokenizer = loaded
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
@@ -245,17 +256,17 @@ def test_a_failure_of_the_loop_fails_live_requests_and_the_next_is_answered(engi
 def test_an_engine_that_only_fails_stops_and_nobody_hangs(loaded):
     engine = Engine(*loaded, Limits(max_model_len=128, max_active=1))
     hook = _failing(loaded[0], 1000)
-    sinks = [_ask(engine) for _ in range(5)]
-    for sink in sinks:
-        assert sink.wait().unavailable
+    waiting = [_ask(engine) for _ in range(2)]
+    reasons = [sink.wait().error for sink in waiting] + [_refusal(engine) for _ in range(3)]
     engine.close()
     hook.remove()
-    assert "the engine failed (RuntimeError: boom 0)" in sinks[0].error
-    assert (
-        "the engine has stopped after 3 failures in a row, the last one: RuntimeError: boom 2"
-        in sinks[4].error
-    )
-    assert "engine has stopped" in _ask(engine).wait().error
+    assert all(sink.unavailable for sink in waiting)
+    assert "the engine failed (RuntimeError: boom 0)" in reasons[0]
+    stopped = "the engine has stopped after 3 failures in a row, the last one: RuntimeError: boom 2"
+    assert stopped in reasons[4]
+    with pytest.raises(RequestError, match="engine has stopped") as caught:
+        engine.submit("", SamplingParams())
+    assert caught.value.unavailable, "a probe, which asks for nothing, must see it too"
 
 
 def test_closing_finishes_what_is_being_served(loaded):
@@ -263,7 +274,7 @@ def test_closing_finishes_what_is_being_served(loaded):
     sinks = [_ask(engine, ignore_eos=True, max_tokens=20) for _ in range(5)]
     engine.close()
     assert [len(sink.ids) for sink in sinks] == [20] * 5
-    assert "engine has stopped" in _ask(engine).wait().error
+    assert "engine has stopped" in _refusal(engine)
 
 
 def test_several_answers_of_one_request_have_seeds_of_their_own(engine):
