@@ -72,14 +72,12 @@ def _ask(engine, prompt=PROMPT, **params):
 
 
 def _refusal(engine):
-    """Why a request is not answered, said at once or to its sink."""
+    """Why a request is not answered, said at once or to its sink, and whether it may be sent again."""
     try:
         sink = _ask(engine).wait()
     except RequestError as error:
-        assert error.unavailable
-        return str(error)
-    assert sink.unavailable
-    return sink.error
+        return str(error), error.unavailable
+    return sink.error, sink.unavailable
 
 
 def _generate(loaded, prompt, count):
@@ -257,13 +255,14 @@ def test_an_engine_that_only_fails_stops_and_nobody_hangs(loaded):
     engine = Engine(*loaded, Limits(max_model_len=128, max_active=1))
     hook = _failing(loaded[0], 1000)
     waiting = [_ask(engine) for _ in range(2)]
-    reasons = [sink.wait().error for sink in waiting] + [_refusal(engine) for _ in range(3)]
+    refusals = [(sink.wait().error, sink.unavailable) for sink in waiting]
+    refusals += [_refusal(engine) for _ in range(3)]
     engine.close()
     hook.remove()
-    assert all(sink.unavailable for sink in waiting)
-    assert "the engine failed (RuntimeError: boom 0)" in reasons[0]
+    assert all(unavailable for _, unavailable in refusals)
+    assert "the engine failed (RuntimeError: boom 0)" in refusals[0][0]
     stopped = "the engine has stopped after 3 failures in a row, the last one: RuntimeError: boom 2"
-    assert stopped in reasons[4]
+    assert stopped in refusals[4][0]
     with pytest.raises(RequestError, match="engine has stopped") as caught:
         engine.submit("", SamplingParams())
     assert caught.value.unavailable, "a probe, which asks for nothing, must see it too"
@@ -274,7 +273,9 @@ def test_closing_finishes_what_is_being_served(loaded):
     sinks = [_ask(engine, ignore_eos=True, max_tokens=20) for _ in range(5)]
     engine.close()
     assert [len(sink.ids) for sink in sinks] == [20] * 5
-    assert "engine has stopped" in _refusal(engine)
+    reason, unavailable = _refusal(engine)
+    assert "engine has stopped" in reason
+    assert unavailable
 
 
 def test_several_answers_of_one_request_have_seeds_of_their_own(engine):
