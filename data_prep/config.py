@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from data_prep.operations.config import NearDuplicatesConfig, OperationConfig
 from data_prep.records import KINDS, Kind, Side
 from posttrain.config import FileRef, StageConfig, StrictModel
 
@@ -92,11 +93,12 @@ class SplitConfig(StrictModel):
     """How records are divided into train.parquet and eval.parquet: sha256(salt, group) < eval_fraction."""
 
     eval_fraction: float = Field(0.1, gt=0, lt=1, description="Expected share of groups on the eval side.")
-    by: Literal["group", "record"] = Field(
+    by: Literal["group", "record", "cluster"] = Field(
         "group",
         description="group: records of one group (given by the source, else the words of the first user "
         "turn) land on the same side, in every data set with the same salt and eval_fraction. record: each "
-        "distinct content by itself; near copies of a prompt may then straddle the split.",
+        "distinct content by itself; near copies of a prompt may then straddle the split. cluster: as group, and "
+        "rows that the operation near_duplicates finds alike are on one side too.",
     )
     salt: str = Field(
         "posttrain", description="Change it to draw another split; keep it to hold out the same groups."
@@ -117,7 +119,7 @@ class FilterConfig(StrictModel):
 
 
 class CurateConfig(StageConfig):
-    """Sources -> typed records -> filters -> exact dedup -> split -> dataset directory."""
+    """Sources -> typed records -> filters -> exact dedup -> operations -> split -> dataset directory."""
 
     kind: Kind = Field(
         description=f"What the rows are: {', '.join(KINDS)}. Preference files can feed every kind "
@@ -134,6 +136,10 @@ class CurateConfig(StageConfig):
     dedup: bool = Field(
         True, description="Drop records whose whole content (NFKC, case, whitespace aside) was seen before."
     )
+    operations: list[OperationConfig] = Field(
+        default_factory=list,
+        description="What is done with the rows after filters and dedup, in this order (docs/curation.md).",
+    )
     split: SplitConfig = Field(SplitConfig(), description="The train/eval split.")
     max_reject_fraction: float = Field(
         0.01,
@@ -146,4 +152,14 @@ class CurateConfig(StageConfig):
     def _turns_to_count(self) -> CurateConfig:
         if self.last_user_turns is not None and self.kind == "text":
             raise ValueError("`last_user_turns` needs turns; kind text has none")
+        return self
+
+    @model_validator(mode="after")
+    def _clusters_to_split_by(self) -> CurateConfig:
+        if self.split.by == "cluster" and not any(
+            isinstance(operation, NearDuplicatesConfig) for operation in self.operations
+        ):
+            raise ValueError(
+                "`split.by: cluster` needs clusters; add {op: near_duplicates, keep: all} to `operations`"
+            )
         return self

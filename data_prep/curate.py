@@ -1,6 +1,6 @@
-"""The curate stage: sources -> typed records -> filters -> exact dedup -> split -> dataset directory.
+"""The curate stage: sources -> typed records -> filters -> exact dedup -> operations -> split -> directory.
 
-Nothing is dropped without a reason: rows_in = rows_out + drops, and rejects.jsonl holds every dropped row
+Nothing is dropped without a reason: rows_in = rows_out + drops (docs/curation.md), and rejects.jsonl holds every dropped row
 with its file and line. Nothing is written before all sources were read and the split has both sides. The
 same configuration and files give the same bytes.
 
@@ -24,6 +24,10 @@ from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_has
 from data_prep.dedup import SeenContent, content_key
 from data_prep.files import display_names, expand
 from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator
+from data_prep.operations.base import Row
+from data_prep.operations.build import Surroundings, build
+from data_prep.operations.engine import Ran, Step
+from data_prep.operations.stage import conserved, operate, operations_info
 from data_prep.projections import from_last_user_turns
 from data_prep.records import Record, excerpt
 from data_prep.split import default_group, side
@@ -39,13 +43,20 @@ FILTERED = ("duplicate", "too_short", "too_long")
 
 @dataclass
 class Curated:
-    """Everything that is written: rows by side, what was dropped and why, and the sources' reports."""
+    """Everything that is written: rows by side, what was dropped and why, and the sources' reports.
+
+    pending: rows that wait for the operations, once all were read. source_of: the source of each file, by the
+    names that they have in dataset.json and in the configuration.
+    """
 
     sources: list[SourceReport] = field(default_factory=list)
     rows: dict[Split, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     dropped: list[Reject] = field(default_factory=list)
     seen: SeenContent = field(default_factory=SeenContent)
     ids: Counter[str] = field(default_factory=Counter)
+    pending: list[Row] = field(default_factory=list)
+    operated: Ran | None = None
+    operation_drops: list[Reject] = field(default_factory=list)
 
     @property
     def rows_in(self) -> int:
@@ -53,7 +64,8 @@ class Curated:
 
     @property
     def drops(self) -> dict[str, int]:
-        return dict(sorted(Counter(drop.reason for drop in self.dropped).items()))
+        counts = Counter(drop.reason for drop in (*self.dropped, *self.operation_drops))
+        return dict(sorted(counts.items()))
 
 
 def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
@@ -64,9 +76,14 @@ def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
     left, an empty side of the split.
     """
     curated = Curated()
+    steps = build(config.operations, Surroundings(context.path, config.split.by == "cluster"))
     with context.phase("read"):
         for file, line, record in read_sources(config, context, curated):
             add(config, curated, file, line, record)
+    if steps:
+        check_rows(config, curated)
+        with context.phase("operations"):
+            _operate(config, context, curated, steps)
     check_rows(config, curated)
     check_split(config, curated)
     info = describe(config, curated)
@@ -84,6 +101,17 @@ def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
         "drops": info["drops"],
         "content_hash": info["content_hash"],
     }
+
+
+def _operate(config: CurateConfig, context: StageContext, curated: Curated, steps: list[Step]) -> None:
+    with context.progress("operations", len(curated.pending) * len(steps)) as progress:
+
+        def tick(step: Step, rows: int) -> None:
+            progress.update(step.name)
+            progress.advance(rows)
+
+        operate(config, curated, steps, lambda wanted: unique_id(curated.ids, wanted), tick)
+    assert conserved(curated.rows_in, curated)
 
 
 def check(config: CurateConfig, where: str) -> list[Problem]:
@@ -153,7 +181,11 @@ def add(config: CurateConfig, curated: Curated, file: str, line: int, record: Re
         return
     if config.split.by == "record":
         group = key[:16]
-    row = to_row(replace(record, id=_unique_id(curated.ids, record.id or key[:16]), group=group))
+    record = replace(record, id=unique_id(curated.ids, record.id or key[:16]), group=group)
+    if config.operations:
+        curated.pending.append(Row(record, file, line))
+        return
+    row = to_row(record)
     curated.rows[side(group, config.split.salt, config.split.eval_fraction)].append(row)
 
 
@@ -171,7 +203,8 @@ def _filtered(
     return None if first is None else ("duplicate", f"same content as {first}")
 
 
-def _unique_id(ids: Counter[str], wanted: str) -> str:
+def unique_id(ids: Counter[str], wanted: str) -> str:
+    """`wanted`, or with a number where that id is taken; the id is then taken."""
     name = wanted
     while ids[name]:
         ids[wanted] += 1
@@ -188,11 +221,11 @@ def check_rows(config: CurateConfig, curated: Curated) -> None:
     rejects = [drop for drop in curated.dropped if drop.reason not in FILTERED]
     if len(rejects) > config.max_reject_fraction * total:
         raise DataError(_too_many_rejects(config, rejects, total))
-    if not any(curated.rows.values()):
+    if not curated.pending and not any(curated.rows.values()):
         drops = ", ".join(f"{reason} {count:,}" for reason, count in curated.drops.items())
         raise DataError(
             f"{names}: none of the {total:,} rows is left ({drops})\n"
-            "    relax `filters`, or give other sources"
+            f"    relax {'`filters` or `operations`' if config.operations else '`filters`'}, or give other sources"
         )
 
 
@@ -250,6 +283,7 @@ def describe(config: CurateConfig, curated: Curated) -> dict[str, Any]:
         "split": {"by": split.by, "salt": split.salt, "eval_fraction": split.eval_fraction, "groups": groups},
         "columns": columns(config.kind),
         "lengths": length_summary(config.kind, curated.rows),
+        **operations_info(curated),
         "content_hash": content_hash(curated.rows),
     }
 
@@ -260,11 +294,12 @@ def write_directory(directory: Path, info: dict[str, Any], curated: Curated) -> 
         staging = Path(name)
         for split in SPLITS:
             write_split(staging / f"{split}.parquet", info["kind"], curated.rows[split])
-        rejects = (json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in curated.dropped)
+        dropped = [*curated.dropped, *curated.operation_drops]
+        rejects = (json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in dropped)
         texts = {
             "rejects.jsonl": "".join(rejects),
             "card.md": card_markdown(info),
-            "report.html": report_html(info, curated.rows, curated.dropped),
+            "report.html": report_html(info, curated.rows, dropped),
             "dataset.json": json.dumps(info, indent=2, ensure_ascii=False) + "\n",
         }
         for file, text in texts.items():

@@ -1,7 +1,8 @@
 """Word shingles of many texts as 64-bit hashes, computed for a whole batch at once in numpy.
 
 A text is normalised (NFKC, case, punctuation aside), cut into words, and every run of `n` words becomes one
-hash; a shorter text is one shingle. Words are hashed by differences of a prefix polynomial modulo 2**64
+hash; a shorter text is one shingle. In scripts that are written without spaces (Chinese characters, kana, Thai,
+Lao, Khmer, Burmese) every character is a word. Words are hashed by differences of a prefix polynomial modulo 2**64
 (Karp and Rabin, 1987): with an odd base the difference can be divided by its power of the base, so that a
 word's hash does not depend on its place. Two different shingles of 10 million share a hash with probability
 of about 3e-6.
@@ -52,11 +53,45 @@ def shingle(texts: Sequence[str], n: int = 3) -> Shingles:
 
 
 def _word_bounds(data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """First byte of each word and the one behind its last: letters, digits, and all that is not ASCII."""
+    """First byte of each word and the one behind its last: letters, digits, and what is not ASCII but for the
+    punctuation of U+2000 to U+206F and U+3000 to U+303F. Characters of scripts without spaces stand alone.
+    """
     inside = _IN_WORD[data]
-    change = np.flatnonzero(inside[1:] != inside[:-1]) + 1
-    edges = np.concatenate(([0], change)) if len(data) and inside[0] else change
-    return edges[::2], edges[1::2]
+    lead = np.flatnonzero(data >= _FIRST_LEAD)
+    alone = _outside_words(data, lead, inside) if len(lead) else lead
+    begins = inside.copy()
+    begins[1:] &= ~inside[:-1]
+    ends = inside.copy()
+    ends[:-1] &= ~inside[1:]
+    if len(alone):
+        # The first byte of a character that stands alone begins a word and ends the one before it, if any.
+        size = np.where(data[alone] >= _FOUR_BYTES, 4, 3)
+        begins[alone] = True
+        ends[alone - 1] = inside[alone - 1]
+        after = alone + size
+        begins[after] = inside[after]
+        ends[after - 1] = True
+    return np.flatnonzero(begins), np.flatnonzero(ends) + 1
+
+
+def _outside_words(
+    data: NDArray[np.uint8], lead: NDArray[np.int64], inside: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Marks punctuation as outside, and returns where characters that stand alone begin.
+
+    lead: first bytes of all characters of three and four bytes in UTF-8. The text ends with a space.
+    """
+    # For three bytes the code point; for four a number above all of those, by the plane: 2 and 3 are Chinese.
+    points = (data[lead].astype(np.uint32) & 15) << 12
+    points |= (data[lead + 1].astype(np.uint32) & 63) << 6
+    points |= data[lead + 2] & 63
+    four = data[lead] >= _FOUR_BYTES
+    kind = _CLASS[points]
+    kind[four] = np.where((data[lead[four]] == _FOUR_BYTES) & (data[lead[four] + 1] >= 0xA0), _ALONE, 0)
+    marks = lead[kind == _PUNCTUATION]
+    for offset in range(3):
+        inside[marks + offset] = False
+    return lead[kind == _ALONE]
 
 
 def _word_hashes(data: NDArray[np.uint8], first: NDArray[np.int64], last: NDArray[np.int64]) -> Hashes:
@@ -110,3 +145,27 @@ def _in_word() -> NDArray[np.bool_]:
 
 
 _IN_WORD = _in_word()
+_FIRST_LEAD, _FOUR_BYTES = np.uint8(0xE0), np.uint8(0xF0)
+_PUNCTUATION, _ALONE = 1, 2
+_WITHOUT_SPACES = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Burmese
+    (0x1780, 0x17FF),  # Khmer
+    (0x3041, 0x30FF),  # hiragana, katakana
+    (0x31F0, 0x31FF),
+    (0x3400, 0x4DBF),  # Chinese characters; NFKC has mapped radicals and compatibility forms to these
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+)
+
+
+def _classes() -> NDArray[np.uint8]:
+    """By code point below U+10000: punctuation, a word of its own, or 0."""
+    classes = np.zeros(0x10000, dtype=np.uint8)
+    classes[0x2000:0x2070] = classes[0x3000:0x3040] = _PUNCTUATION
+    for first, last in _WITHOUT_SPACES:
+        classes[first : last + 1] = _ALONE
+    return classes
+
+
+_CLASS = _classes()
