@@ -1,8 +1,8 @@
 """The curate stage: sources -> typed records -> filters -> exact dedup -> operations -> split -> directory.
 
-Nothing is dropped without a reason: rows_in = rows_out + drops (docs/curation.md), and rejects.jsonl holds every dropped row
-with its file and line. Nothing is written before all sources were read and the split has both sides. The
-same configuration and files give the same bytes.
+Nothing is dropped without a reason: rows_in = rows_out + drops (docs/curation.md), and rejects.jsonl holds
+every dropped row with its file and line. Nothing is written before all sources were read and the split has
+both sides. The same configuration and files give the same bytes.
 
     posttrain run configs/tiny/pipeline.yaml --only demos
 """
@@ -27,7 +27,7 @@ from data_prep.ingest import Reject, SourceReport, generator_problem, read_file,
 from data_prep.operations.base import Row
 from data_prep.operations.build import Surroundings, build
 from data_prep.operations.engine import Ran, Step
-from data_prep.operations.stage import conserved, operate, operations_info
+from data_prep.operations.stage import clean_rejects, conserved, operate, operations_info
 from data_prep.projections import from_last_user_turns
 from data_prep.records import Record, excerpt
 from data_prep.split import default_group, side
@@ -37,6 +37,8 @@ from posttrain.rundir import STAGING_PREFIX
 if TYPE_CHECKING:
     from posttrain.stage import StageContext
 
+REVIEW_FILE = "review.jsonl"
+"""Rows that an operation lists for a reader, when there are any."""
 FILTERED = ("duplicate", "too_short", "too_long")
 """Drops that the configuration asked for. Every other reason is a row that could not be used: a reject."""
 
@@ -45,8 +47,8 @@ FILTERED = ("duplicate", "too_short", "too_long")
 class Curated:
     """Everything that is written: rows by side, what was dropped and why, and the sources' reports.
 
-    pending: rows that wait for the operations, once all were read. source_of: the source of each file, by the
-    names that they have in dataset.json and in the configuration.
+    pending: rows that wait for the operations, which begin once all were read. mixture: by side and source,
+    rows and shares.
     """
 
     sources: list[SourceReport] = field(default_factory=list)
@@ -57,6 +59,7 @@ class Curated:
     pending: list[Row] = field(default_factory=list)
     operated: Ran | None = None
     operation_drops: list[Reject] = field(default_factory=list)
+    mixture: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def rows_in(self) -> int:
@@ -81,6 +84,7 @@ def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
         for file, line, record in read_sources(config, context, curated):
             add(config, curated, file, line, record)
     if steps:
+        curated.dropped = clean_rejects(curated.dropped, steps)
         check_rows(config, curated)
         with context.phase("operations"):
             _operate(config, context, curated, steps)
@@ -164,8 +168,18 @@ def _say(context: StageContext, line: str) -> None:
     context.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def add(config: CurateConfig, curated: Curated, file: str, line: int, record: Record | Reject) -> None:
-    """Put one record through the filters, the dedup and the split, or note why it is dropped."""
+def add(
+    config: CurateConfig,
+    curated: Curated,
+    file: str,
+    line: int,
+    record: Record | Reject,
+    source: str = "",
+) -> None:
+    """Put one record through the filters, the dedup and the split, or note why it is dropped.
+
+    With operations the record waits for them in `curated.pending`. source: its name in the configuration.
+    """
     if isinstance(record, Reject):
         curated.dropped.append(record)
         return
@@ -183,7 +197,7 @@ def add(config: CurateConfig, curated: Curated, file: str, line: int, record: Re
         group = key[:16]
     record = replace(record, id=unique_id(curated.ids, record.id or key[:16]), group=group)
     if config.operations:
-        curated.pending.append(Row(record, file, line))
+        curated.pending.append(Row(record, file, line, source))
         return
     row = to_row(record)
     curated.rows[side(group, config.split.salt, config.split.eval_fraction)].append(row)
@@ -302,7 +316,10 @@ def write_directory(directory: Path, info: dict[str, Any], curated: Curated) -> 
             "report.html": report_html(info, curated.rows, dropped),
             "dataset.json": json.dumps(info, indent=2, ensure_ascii=False) + "\n",
         }
+        if curated.operated is not None and curated.operated.review:
+            lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in curated.operated.review)
+            texts = {REVIEW_FILE: "".join(lines), **texts}
         for file, text in texts.items():
             (staging / file).write_text(text, encoding="utf-8")
-        for file in DATASET_FILES:
+        for file in (*(name for name in texts if name == REVIEW_FILE), *DATASET_FILES):
             os.replace(staging / file, directory / file)

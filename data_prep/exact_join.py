@@ -1,17 +1,18 @@
-"""All pairs of texts whose shingle sets are alike, found exactly: what MinHash is measured against.
+"""All pairs of texts whose shingle sets are alike, found exactly.
 
 Prefix filter: order every set by how many texts have each shingle, rarest first. Two sets x and y with
 Jaccard similarity of at least t share a shingle among the first |x| - ceil(t |x|) + 1 of x and the first
-|y| - ceil(t |y|) + 1 of y, so only pairs that share one are compared. No pair is missed, and time depends on how
-common the rarest shingles are: it is made for checks, not for large runs.
+|y| - ceil(t |y|) + 1 of y, so only pairs that share one are compared. No pair is missed; time depends on
+how common the rarest shingles of the texts are. MinHash (``near_duplicates.py``) is measured against it.
 
-Source: Bayardo, Ma and Srikant, Scaling up all pairs similarity search, 2007; Xiao et al., Efficient similarity
-joins for near-duplicate detection, 2008, lemma 1.
+Source: Bayardo, Ma and Srikant, Scaling up all pairs similarity search, 2007; Xiao et al., Efficient
+similarity joins for near-duplicate detection, 2008, lemma 1.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,15 @@ from data_prep.shingles import jaccard, shingle
 Pairs = NDArray[np.int64]
 
 
-def exact_pairs(texts: Sequence[str], threshold: float = 0.7, words: int = 3) -> Pairs:
-    """Every pair (earlier, later), shape (pairs, 2), of Jaccard similarity `threshold` or more, sorted.
+class Joined(NamedTuple):
+    """pairs: every (earlier, later, similarity), sorted; candidates: how many were compared."""
+
+    pairs: tuple[tuple[int, int, float], ...]
+    candidates: int
+
+
+def exact_pairs(texts: Sequence[str], threshold: float = 0.7, words: int = 3) -> Joined:
+    """Every pair of Jaccard similarity `threshold` or more.
 
     Texts without any word are in no pair. Raises ValueError: a threshold outside (0, 1].
     """
@@ -32,8 +40,8 @@ def exact_pairs(texts: Sequence[str], threshold: float = 0.7, words: int = 3) ->
     sets = [shingles.of(index) for index in range(len(texts))]
     sizes = np.array([len(each) for each in sets], dtype=np.int64)
     candidates = _candidates(sets, sizes, threshold)
-    alike = [pair for pair in candidates.tolist() if jaccard(sets[pair[0]], sets[pair[1]]) >= threshold]
-    return np.array(alike, dtype=np.int64).reshape(-1, 2)
+    compared = ((left, right, jaccard(sets[left], sets[right])) for left, right in candidates.tolist())
+    return Joined(tuple(pair for pair in compared if pair[2] >= threshold), len(candidates))
 
 
 def _candidates(sets: Sequence[NDArray[np.uint64]], sizes: NDArray[np.int64], threshold: float) -> Pairs:

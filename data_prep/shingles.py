@@ -1,16 +1,17 @@
 """Word shingles of many texts as 64-bit hashes, computed for a whole batch at once in numpy.
 
 A text is normalised (NFKC, case, punctuation aside), cut into words, and every run of `n` words becomes one
-hash; a shorter text is one shingle. In scripts that are written without spaces (Chinese characters, kana, Thai,
-Lao, Khmer, Burmese) every character is a word. Words are hashed by differences of a prefix polynomial modulo 2**64
-(Karp and Rabin, 1987): with an odd base the difference can be divided by its power of the base, so that a
-word's hash does not depend on its place. Two different shingles of 10 million share a hash with probability
-of about 3e-6.
+hash; a shorter text is one shingle. In scripts that are written without spaces (Chinese characters, kana,
+Thai, Lao, Khmer, Burmese) every character is a word. Words are hashed by differences of a prefix polynomial
+modulo 2**64 (Karp and Rabin, 1987): with an odd base the difference can be divided by its power of the base,
+so that a word's hash does not depend on its place. Two different shingles of 10 million share a hash with
+probability of about 3e-6.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -41,7 +42,8 @@ def shingle(texts: Sequence[str], n: int = 3) -> Shingles:
     """Hashes of every run of `n` words of every text. Texts without any word have no shingle."""
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    encoded = [normalise(text).encode("utf-8") for text in texts]
+    # Spacing does not matter here, so that of ASCII texts is left as it is.
+    encoded = [(text.lower() if text.isascii() else normalise(text)).encode("utf-8") for text in texts]
     # A text is followed by a space, so that every word has an end; offsets are those of the texts.
     data = np.frombuffer(b" ".join([*encoded, b""]), dtype=np.uint8)
     offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
@@ -95,15 +97,25 @@ def _outside_words(
 
 
 def _word_hashes(data: NDArray[np.uint8], first: NDArray[np.int64], last: NDArray[np.int64]) -> Hashes:
-    powers = np.full(len(data) + 1, BASE, dtype=np.uint64)
-    powers[0] = 1
-    np.multiply.accumulate(powers, out=powers)
+    powers, backwards = _powers(_POWERS_STEP * -(-(len(data) + 1) // _POWERS_STEP))
     prefix = np.zeros(len(data) + 1, dtype=np.uint64)
-    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[:-1], out=prefix[1:])
-    backwards = np.full(len(data) + 1, INVERSE, dtype=np.uint64)
-    backwards[0] = 1
-    np.multiply.accumulate(backwards, out=backwards)
+    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[: len(data)], out=prefix[1:])
     return mix((prefix[last] - prefix[first]) * backwards[first])
+
+
+_POWERS_STEP = 1 << 20
+
+
+@lru_cache(maxsize=1)
+def _powers(count: int) -> tuple[Hashes, Hashes]:
+    """BASE and INVERSE to the power of 0 ... count - 1."""
+    both = []
+    for base in (BASE, INVERSE):
+        powers = np.full(count, base, dtype=np.uint64)
+        powers[0] = 1
+        np.multiply.accumulate(powers, out=powers)
+        both.append(powers)
+    return both[0], both[1]
 
 
 def _runs(words: Hashes, starts: NDArray[np.int64], n: int) -> Shingles:

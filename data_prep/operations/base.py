@@ -1,14 +1,14 @@
 """What an operation is: rows in, one verdict a row out.
 
-Rows carry typed records (``data_prep/records.py``), not Arrow batches: that a dialogue alternates and that two
-sides differ is checked where a record is made, so no operation can hand on one that cannot be trained on. At
-the borders between processes rows travel as Arrow (``to_arrow``, ``from_arrow``), with the columns of the
+Rows carry typed records (``data_prep/records.py``), not Arrow batches: that a dialogue alternates and that
+two sides differ is checked where a record is made, so no operation can hand on one that cannot be trained on.
+At the borders between processes rows travel as Arrow (``to_arrow``, ``from_arrow``), with the columns of the
 dataset directory and those that only matter on the way.
 
-The shapes are what lets another engine run them unchanged. A map operation is a pure function of a batch whose
-verdicts do not depend on where batches begin, so N processes or Ray's ``map_batches`` may cut them as they
-like. A corpus operation is a row-local `view`, one `decide` over all views in order, and verdicts that are
-again row-local: only the views have to come together in one place.
+The shapes are what lets another engine run them unchanged. A map operation is a pure function of a batch
+whose verdicts do not depend on where batches begin, so N processes or Ray's ``map_batches`` may cut them as
+they like. A corpus operation is a row-local `view`, one `decide` over all views in order, and verdicts that
+are again row-local: only the views have to come together in one place.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,19 @@ from typing import Any
 from data_prep.near_duplicates import MinHashSettings
 from data_prep.operations import config as settings
 from data_prep.operations.base import Operation
+from data_prep.operations.decontaminate import Decontaminate
 from data_prep.operations.engine import Step
+from data_prep.operations.eval_sets import read_eval_set
+from data_prep.operations.language import Language
+from data_prep.operations.length import Length
+from data_prep.operations.mixing import Mix
+from data_prep.operations.personal import PersonalData
+from data_prep.operations.preferences import PreferenceChecks
+from data_prep.operations.quality import Quality
+from data_prep.operations.toxicity import Toxicity, load_scorer
+from data_prep.operations.unicode import REPAIRS, Unicode
+from data_prep.pii import RULES, custom_rules
+from posttrain.errors import UserError
 from data_prep.operations.near_duplicates import Duplicates, NearDuplicates
 
 Locate = Callable[[str], Path]
@@ -40,10 +53,73 @@ def build(configs: Sequence[Any], around: Surroundings) -> list[Step]:
 
 def _near_duplicates(config: settings.NearDuplicatesConfig, where: str, around: Surroundings) -> Operation:
     minhash = MinHashSettings(config.threshold, config.words, config.bands, config.rows, config.seed)
-    return NearDuplicates(minhash, config.part, config.keep, around.by_cluster)
+    return NearDuplicates(minhash, config.part, config.keep, around.by_cluster, config.search == "exact")
+
+
+def _decontaminate(config: settings.DecontaminateConfig, where: str, around: Surroundings) -> Operation:
+    paths = [around.locate(f"{where}.against.{index}") for index in range(len(config.against))]
+    return Decontaminate(
+        [read_eval_set(path, config.fields) for path in paths],
+        config.part,
+        config.ngram,
+        config.coverage_ngram,
+        config.coverage,
+        config.common,
+        config.review_above,
+    )
+
+
+def _unicode(config: settings.UnicodeConfig, where: str, around: Surroundings) -> Operation:
+    if config.mojibake:
+        _need("ftfy", f"{where}.mojibake", "or set mojibake: false")
+    switches = config.model_dump()
+    return Unicode(tuple(name for name in REPAIRS if switches[name]))
+
+
+def _language(config: settings.LanguageConfig, where: str, around: Surroundings) -> Operation:
+    _need("py3langid", where, "or remove the operation")
+    return Language(
+        tuple(config.keep), config.min_confidence, config.min_letters, config.action, config.part
+    )
+
+
+def _need(package: str, where: str, otherwise: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{where}: needs the package {package}, which is not installed\n"
+            f"    pip install 'posttrain[curation]', {otherwise}"
+        )
+
+
+def _length(config: settings.LengthConfig, where: str, around: Surroundings) -> Operation:
+    path = around.locate(f"{where}.tokenizer")
+    return Length(path, config.min_tokens, config.max_tokens, config.tag)
+
+
+def _pii(config: settings.PiiConfig, where: str, around: Surroundings) -> Operation:
+    rules = tuple(rule for rule in RULES if config.types is None or rule.type in config.types)
+    return PersonalData(config.action, (*rules, *custom_rules(config.patterns)))
+
+
+def _mix(config: settings.MixConfig, where: str, around: Surroundings) -> Operation:
+    temperature = 1.0 if config.temperature is None else config.temperature
+    return Mix(config.weights, temperature, config.max_epochs, config.quotas, config.rows, config.seed)
 
 
 _BUILDERS: dict[type, Callable[[Any, str, Surroundings], Operation]] = {
     settings.DuplicatesConfig: lambda config, where, around: Duplicates(),
     settings.NearDuplicatesConfig: _near_duplicates,
+    settings.DecontaminateConfig: _decontaminate,
+    settings.UnicodeConfig: _unicode,
+    settings.LanguageConfig: _language,
+    settings.QualityConfig: lambda config, where, around: Quality(
+        tuple(config.chosen()), config.bounds, config.action, config.part
+    ),
+    settings.LengthConfig: _length,
+    settings.PiiConfig: _pii,
+    settings.ToxicityConfig: lambda config, where, around: Toxicity(
+        load_scorer(config.scorer), config.above, config.part
+    ),
+    settings.PreferenceChecksConfig: lambda config, where, around: PreferenceChecks(),
+    settings.MixConfig: _mix,
 }

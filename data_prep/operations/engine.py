@@ -150,9 +150,8 @@ def _kept(
 ) -> list[Row]:
     ledger.notes.update(verdict.notes)
     if isinstance(verdict, Kept):
-        assert verdict.record.id == row.record.id, "an operation may not change ids"
         if verdict.review is not None:
-            review.append({"file": row.file, "line": row.line, "id": row.record.id, **verdict.review})
+            review.append({"file": row.file, "line": row.line, "id": verdict.record.id, **verdict.review})
         return [row if verdict.record is row.record else replace(row, record=verdict.record)]
     record = tagged(row.record, **verdict.tags)
     kept = replace(row, record=record, ties=(*row.ties, *verdict.ties))

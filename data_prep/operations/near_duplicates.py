@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_prep.dedup import content_key
-from data_prep.near_duplicates import MinHashSettings, find_near_duplicates
+from data_prep.near_duplicates import MinHashSettings, exact_near_duplicates, find_near_duplicates
 from data_prep.operations.base import Decided, Dropped, Row, Stays
 from data_prep.operations.parts import Part, part_text
 
@@ -38,14 +38,15 @@ class Duplicates:
 class NearDuplicates:
     """Clusters rows whose parts share most of their word shingles.
 
-    keep: first drops all of a cluster but its first row; all keeps them and tags each with its cluster, the id
-    of the first row. tie: rows of a cluster belong on one side of the split.
+    keep: first drops all of a cluster but its first row; all keeps them and tags each with its cluster, the
+    id of the first row. tie: rows of a cluster belong on one side of the split.
     """
 
     settings: MinHashSettings
     part: Part
     keep: Literal["first", "all"]
     tie: bool = False
+    exact: bool = False
 
     def view(self, row: Row) -> tuple[str, str, str]:
         """(text of the part, id, place)."""
@@ -53,7 +54,12 @@ class NearDuplicates:
 
     def decide(self, views: Sequence[tuple[str, str, str]]) -> Decided:
         """Facts: clusters of two rows and more, the rows in them, the largest, and pairs that were compared."""
-        found = find_near_duplicates([text for text, _, _ in views], self.settings)
+        texts = [text for text, _, _ in views]
+        found = (
+            exact_near_duplicates(texts, self.settings.threshold, self.settings.words)
+            if self.exact
+            else find_near_duplicates(texts, self.settings)
+        )
         cluster = found.cluster.tolist()
         sizes = Counter(cluster)
         likeness = {later: similarity for _, later, similarity in found.pairs}

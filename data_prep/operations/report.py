@@ -14,7 +14,8 @@ ROW = 26
 def waterfall(info: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
     """(what, rows dropped, rows repeated, rows left) from reading to the last operation and the split.
 
-    Empty without operations. Every line's rows left are those of the line before, plus repeated, less dropped.
+    Empty without operations. Every line's rows left are those of the line before, plus repeated, less
+    dropped.
     """
     operations = info.get("operations")
     if not operations:

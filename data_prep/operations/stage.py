@@ -1,11 +1,12 @@
 """The operations inside the curate stage: rows that were read, through the operations, onto their sides.
 
-A row's side is a hash of its group. Rows that an operation tied together, and all rows of their groups, become
-one group: its name is the smallest of the names it is made of, whatever the order of the rows.
+A row's side is a hash of its group. Rows that an operation tied together, and all rows of their groups,
+become one group: its name is the smallest of the names it is made of, whatever the order of the rows.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from data_prep.ingest import Reject
 from data_prep.near_duplicates import UnionFind
 from data_prep.operations.base import Row
 from data_prep.operations.engine import Drop, Ran, Step, run_operations
+from data_prep.operations.personal import Clean, scrubber
 from data_prep.records import excerpt
 from data_prep.split import side
 
@@ -39,19 +41,56 @@ def operate(
     """
     ran = run_operations(curated.pending, steps, unique_id, tick)
     curated.pending = []
+    sources: dict[str, list[str]] = {split: [] for split in curated.rows}
     for row, group in zip(ran.rows, groups(config, ran.rows), strict=True):
         where = side(group, config.split.salt, config.split.eval_fraction)
         if where == "eval" and row.copy:
             ran.drops.append(Drop(row, len(steps) + 1, "split", REPEATED, "a repetition, in the eval side"))
             continue
         curated.rows[where].append(to_row(replace(row.record, group=group)))
+        sources[where].append(row.source)
+    clean = scrubber([step.operation for step in steps])
     curated.operated = ran
-    curated.operation_drops = [_reject(drop) for drop in ran.drops]
+    curated.operation_drops = [_reject(drop, clean) for drop in ran.drops]
+    curated.mixture = {split: _shares(names) for split, names in sources.items()}
+    if clean is not None:
+        _clean_ledgers(ran, clean)
 
 
-def _reject(drop: Drop) -> Reject:
-    text = excerpt(drop.row.record.turns()[0][1])
-    return Reject(drop.row.file, drop.row.line, drop.reason, drop.detail, text)
+def _reject(drop: Drop, clean: Clean | None) -> Reject:
+    """The text is redacted whole, before it is cut."""
+    text = drop.row.record.turns()[0][1]
+    if clean is not None:
+        text = clean(text.replace("...", "\u2026"))
+    return Reject(
+        drop.row.file, drop.row.line, drop.reason, clean(drop.detail) if clean else drop.detail, excerpt(text)
+    )
+
+
+def clean_rejects(rejects: Sequence[Reject], steps: Sequence[Step]) -> list[Reject]:
+    """Rows that could not be read, with what is shown of them redacted where an operation redacts."""
+    clean = scrubber([step.operation for step in steps])
+    if clean is None:
+        return list(rejects)
+    return [replace(at, detail=clean(at.detail), excerpt=clean(at.excerpt)) for at in rejects]
+
+
+def _clean_ledgers(ran: Ran, clean: Clean) -> None:
+    for ledger in ran.ledgers:
+        ledger.examples = {
+            reason: [{key: clean(text) for key, text in example.items()} for example in shown]
+            for reason, shown in ledger.examples.items()
+        }
+    ran.review = [
+        {key: clean(value) if isinstance(value, str) else value for key, value in at.items()}
+        for at in ran.review
+    ]
+
+
+def _shares(names: Sequence[str]) -> dict[str, Any]:
+    """Rows and exact share of every source."""
+    counts = sorted(Counter(names).items())
+    return {name: {"rows": count, "share": count / len(names)} for name, count in counts}
 
 
 def groups(config: CurateConfig, rows: Sequence[Row]) -> list[str]:
@@ -84,6 +123,7 @@ def operations_info(curated: Curated) -> dict[str, Any]:
         return {}
     ledgers = curated.operated.ledgers
     return {
+        "mixture": curated.mixture,
         "rows_repeated": sum(ledger.repeated for ledger in ledgers),
         "operations": [ledger.as_json() for ledger in ledgers],
     }

@@ -19,11 +19,11 @@ def test_the_pairs_are_those_of_comparing_all(batch: list[str], threshold: float
     shingles = shingle(batch, words)
     sets = [shingles.of(index) for index in range(len(batch))]
     expected = [
-        [left, right]
+        (left, right)
         for left, right in combinations(range(len(batch)), 2)
         if len(sets[left]) and len(sets[right]) and jaccard(sets[left], sets[right]) >= threshold
     ]
-    assert exact_pairs(batch, threshold, words).tolist() == expected
+    assert [pair[:2] for pair in exact_pairs(batch, threshold, words).pairs] == expected
 
 
 def test_an_impossible_threshold_is_refused() -> None:

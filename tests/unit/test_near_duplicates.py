@@ -22,7 +22,9 @@ texts = st.lists(
     min_size=1,
     max_size=8,
 )
-ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+ALONE = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
 ALONE += "\U00020000-\U0003ffff"
 MARKS = "\u2000-\u206f\u3000-\u303f"
 
