@@ -23,7 +23,7 @@ from data_prep.config import CurateConfig
 from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_hash, to_row, write_split
 from data_prep.dedup import SeenContent, content_key
 from data_prep.files import display_names, expand
-from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator
+from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator, read_hub
 from data_prep.projections import from_last_user_turns
 from data_prep.records import Record, excerpt
 from data_prep.split import default_group, side
@@ -108,6 +108,9 @@ def read_sources(
         if source.generator:
             report, pairs = read_generator(source, config.kind, config.seed)
             yield from _consume(context, curated, report, pairs, source.rows)
+        if source.hub:
+            report, pairs = read_hub(source, config.kind)
+            yield from _consume(context, curated, report, pairs, source.rows)
         left = source.rows
         for path in paths:
             if left == 0:
@@ -129,7 +132,7 @@ def _consume(
         for line, record in pairs:
             progress.advance()
             yield report.name, line, record
-    _say(context, f"{report.name}: {report.rows:,} rows, format {report.format}")
+    _say(context, f"{report.name}: {report.rows:,} rows, format {report.why or report.format}")
 
 
 def _say(context: StageContext, line: str) -> None:
