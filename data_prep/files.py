@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.config import ReadConfig
 from data_prep.json_rows import json_rows, jsonl_rows
-from data_prep.streams import BadRow, FileFacts, utf8_chunks
+from data_prep.streams import BadRow, Damage, FileFacts, utf8_chunks
 from data_prep.table_rows import csv_rows, parquet_rows, text_rows
 from posttrain.errors import DataError
 from posttrain.patterns import is_pattern, matching_files, walk
@@ -148,6 +148,9 @@ def read_rows(
     read, facts = read or ReadConfig(), facts or FileFacts()
     try:
         yield from _rows(path, read, facts)
+    except Damage as damage:
+        # Before the first byte; what comes later is a row of its reader's.
+        yield 1, damage.row()
     except OSError as error:
         raise unreadable(path, error) from error
 

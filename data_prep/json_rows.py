@@ -205,8 +205,9 @@ def _list_items(chunks: Iterable[bytes], most: int, facts: FileFacts) -> Iterato
         window.skip()
         window.at += 1
         while (character := window.skip()) not in ("]", ""):
+            row = _item(window, most)
             number += 1
-            yield number, _item(window, most)
+            yield number, row
         if not character:
             raise Damage("truncated_file", "the list is not closed; the rows after this are missing")
         window.at += 1
@@ -230,13 +231,25 @@ def _item(window: _Window, most: int) -> Row:
             window.at = len(window.text)
         held = len(window.text) - window.at
         if not window.more():
-            raise Damage("truncated_file", "the list breaks off in this row", window.text[:1000])
+            return _last_item(window, dropped, most)
         searched = held
     if dropped:
         size = dropped + end_at - window.at
         window.at = end_at
         return BadRow("oversized_row", f"{size:,} characters, read.max_row_bytes is {most:,}", "")
     return _parsed_item(window, end_at, most)
+
+
+def _last_item(window: _Window, dropped: int, most: int) -> Row:
+    """The item that the text ends with. Raises Damage when it is cut in two."""
+    text = window.text[window.at :]
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damage("truncated_file", "the list breaks off in this row", text[:1000]) from error
+    if dropped:
+        raise Damage("truncated_file", "the list breaks off in this row", "")
+    return _checked(window, row, len(window.text), most)
 
 
 def _parsed_item(window: _Window, end: int, most: int) -> Row:

@@ -145,15 +145,33 @@ def _gunzip(raw: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
                 if not chunk:
                     break
                 unpacker = zlib.decompressobj(31)
+            before = unpacker.copy()
             try:
                 piece = unpacker.decompress(chunk, CHUNK)
             except zlib.error as error:
+                yield from ((taken, saved) for saved in _saved(before, chunk))
                 raise Damage("damaged_file", f"the gzip data are damaged from here on ({error})") from error
             if piece:
                 yield taken, piece
             chunk = unpacker.unused_data if unpacker.eof else unpacker.unconsumed_tail
     if not unpacker.eof:
         raise Damage("truncated_file", "the gzip file breaks off here; the rows after it are missing")
+
+
+def _saved(unpacker: Any, chunk: bytes) -> Iterator[bytes]:
+    """What can be unpacked of a chunk that ends in an error, in steps halved at each of them."""
+    step = CHUNK // 2
+    while step:
+        trial = unpacker.copy()
+        try:
+            piece = trial.decompress(chunk, step)
+        except zlib.error:
+            step //= 2
+            continue
+        if not piece:
+            return
+        yield piece
+        unpacker, chunk = trial, trial.unconsumed_tail
 
 
 def _unzstd(path: Path, raw: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
