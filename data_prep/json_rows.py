@@ -37,9 +37,7 @@ def jsonl_rows(chunks: Iterator[bytes], most: int, facts: FileFacts) -> Iterator
 
 def json_rows(path: Path, chunks: Iterator[bytes], most: int, facts: FileFacts) -> Iterator[tuple[int, Row]]:
     """(item, row) pairs of a .json file. Raises DataError when it holds neither a list nor objects."""
-    first = next(chunks, b"")
-    while first and not first.strip():
-        first = next(chunks, b"")
+    first = next((chunk for chunk in chunks if chunk.strip()), b"")
     start = first.lstrip()
     rest = chain((first,), chunks)
     if start.startswith(b"["):
