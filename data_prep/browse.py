@@ -160,13 +160,12 @@ def _fits(kind: str, row: dict[str, Any]) -> bool:
 
 
 def _typed(kind: str, row: dict[str, Any]) -> Record:
-    common = {name: row[name] for name in COMMON_COLUMNS}
-    content = {
+    content: dict[str, Any] = {
         name: [Message(**turn) for turn in value] if isinstance(value, list) else value
         for name, value in row.items()
         if name not in COMMON_COLUMNS
     }
-    return _TYPES[kind](**common, **content)
+    return _TYPES[kind](**{name: row[name] for name in COMMON_COLUMNS}, **content)
 
 
 def _raw(path: Path) -> Iterator[_Row]:

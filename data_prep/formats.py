@@ -233,6 +233,10 @@ _OTHERS: tuple[tuple[str, set[str]], ...] = (
 )
 
 
+_ANSWERS = {"output", "response", "completion", "answer"}
+"""Fields beside which an instruction is not taken for a prompt without an answer."""
+
+
 def candidates(row: Row, kind: Kind | None = None) -> list[str]:
     """The formats that a row may be in, judged by its fields alone; the first is what is chosen.
 
@@ -253,7 +257,7 @@ def candidates(row: Row, kind: Kind | None = None) -> list[str]:
     if found:
         return ["unpaired_preference", *found[1:]] if labelled else found
     for name, needed in _OTHERS:
-        if needed <= has:
+        if needed <= has and not (name == "instruction" and has & _ANSWERS):
             return ["unpaired_preference" if labelled and name == "prompt" else name]
     return []
 

@@ -180,7 +180,7 @@ def _read(found: Examined, read: ReadConfig) -> None:
             continue
         found.good += 1
         _add(found, line, record)
-        if source.id_column:
+        if source.id_column and lookup(row, source.id_column) is not None:
             found.ids.add(str(lookup(row, source.id_column)), line)
     if found.suggestion:
         _suggest_meta(found, found.suggestion)

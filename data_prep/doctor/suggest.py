@@ -206,10 +206,10 @@ def _has_reasoning(row: Row) -> bool:
 
 
 def _id_column(rows: Sequence[tuple[int, Row]], taken: set[str]) -> str | None:
-    """A column named as ids are, that differs in every row looked at."""
+    """A column named as ids are, that differs in all rows looked at which have one."""
     for name in _IDS:
-        values = [row.get(name) for _, row in rows]
-        named = all(isinstance(value, (str, int)) and str(value) for value in values)
+        values = [row[name] for _, row in rows if row.get(name) not in (None, "")]
+        named = len(values) >= ENOUGH * len(rows) and all(isinstance(value, (str, int)) for value in values)
         if name not in taken and named and len(set(map(str, values))) == len(values):
             return name
     return None

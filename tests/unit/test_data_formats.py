@@ -145,6 +145,7 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("preference", {"prompt": "Hi", "chosen": "Same ", "rejected": "Same"}, "identical_sides", "Same"),
     ("question_answer", {"question": "Hi", "answer": " "}, "empty_content", "assistant"),
     ("self_instruct", {"instruction": "Hi", "instances": []}, "wrong_type", "list of objects"),
+    ("instruction", {"input": "1"}, "missing_field", "'instruction'"),
     ("instruction", {"instruction": 7}, "wrong_type", "int"),
     ("turns", {"turns": "Hi"}, "wrong_type", "list of the user's questions"),
     ("preference", {"prompt": "Hi", "chosen": "Hello", "rejected": None}, "missing_field", "'rejected'"),
