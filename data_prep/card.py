@@ -186,8 +186,8 @@ def _not_done(info: dict[str, Any]) -> str:
     missing = [what for name, what in _SEARCHES.items() if name not in done]
     searched = f"There was no search for {', '.join(missing)}. " if missing else ""
     return (
-        f"{searched}What the operations that ran cannot find is in docs/curation.md: paraphrases of evaluation "
-        "items, names and addresses of people, near-duplicates in other words."
+        f"{searched}What the operations that ran cannot find is in docs/curation.md: paraphrases of "
+        "evaluation items, names and addresses of people, near-duplicates in other words."
     )
 
 

@@ -23,7 +23,7 @@ from data_prep.config import CurateConfig
 from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_hash, to_row, write_split
 from data_prep.dedup import SeenContent, content_key
 from data_prep.files import display_names, expand
-from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator
+from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator, read_hub
 from data_prep.operations.base import Row
 from data_prep.operations.build import Surroundings, build
 from data_prep.operations.engine import Ran, Step
@@ -81,8 +81,8 @@ def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
     curated = Curated()
     steps = build(config.operations, Surroundings(context.path, config.split.by == "cluster"))
     with context.phase("read"):
-        for file, line, record in read_sources(config, context, curated):
-            add(config, curated, file, line, record)
+        for file, line, record, source in read_sources(config, context, curated):
+            add(config, curated, file, line, record, source)
     if steps:
         curated.dropped = clean_rejects(curated.dropped, steps)
         check_rows(config, curated)
@@ -132,20 +132,25 @@ def check(config: CurateConfig, where: str) -> list[Problem]:
 
 def read_sources(
     config: CurateConfig, context: StageContext, curated: Curated
-) -> Iterator[tuple[str, int, Record | Reject]]:
-    """(file, line, record or reject) of every source in order; says what was read and in which format."""
+) -> Iterator[tuple[str, int, Record | Reject, str]]:
+    """(file, line, record or reject, name of the source) of every source in order; says what was read and in
+    which format.
+    """
     files = [expand(source.path) if source.path else [] for source in config.sources]
     names = display_names([path for paths in files for path in paths])
     for source, paths in zip(config.sources, files, strict=True):
         if source.generator:
             report, pairs = read_generator(source, config.kind, config.seed)
-            yield from _consume(context, curated, report, pairs, source.rows)
+            yield from _consume(context, curated, report, pairs, source.rows, source.label)
+        if source.hub:
+            report, pairs = read_hub(source, config.kind)
+            yield from _consume(context, curated, report, pairs, source.rows, source.label)
         left = source.rows
         for path in paths:
             if left == 0:
                 break
             report, pairs = read_file(source, config.kind, path, names[path], left)
-            yield from _consume(context, curated, report, pairs, None)
+            yield from _consume(context, curated, report, pairs, None, source.label)
             left = None if left is None else left - report.rows
 
 
@@ -155,13 +160,14 @@ def _consume(
     report: SourceReport,
     pairs: Iterator[tuple[int, Record | Reject]],
     total: int | None,
-) -> Iterator[tuple[str, int, Record | Reject]]:
+    source: str,
+) -> Iterator[tuple[str, int, Record | Reject, str]]:
     curated.sources.append(report)
     with context.progress(f"reading {report.name}", total) as progress:
         for line, record in pairs:
             progress.advance()
-            yield report.name, line, record
-    _say(context, f"{report.name}: {report.rows:,} rows, format {report.format}")
+            yield report.name, line, record, source
+    _say(context, f"{report.name}: {report.rows:,} rows, format {report.why or report.format}")
 
 
 def _say(context: StageContext, line: str) -> None:
@@ -237,9 +243,9 @@ def check_rows(config: CurateConfig, curated: Curated) -> None:
         raise DataError(_too_many_rejects(config, rejects, total))
     if not curated.pending and not any(curated.rows.values()):
         drops = ", ".join(f"{reason} {count:,}" for reason, count in curated.drops.items())
+        what = "`filters` or `operations`" if config.operations else "`filters`"
         raise DataError(
-            f"{names}: none of the {total:,} rows is left ({drops})\n"
-            f"    relax {'`filters` or `operations`' if config.operations else '`filters`'}, or give other sources"
+            f"{names}: none of the {total:,} rows is left ({drops})\n    relax {what}, or give other sources"
         )
 
 
@@ -297,7 +303,7 @@ def describe(config: CurateConfig, curated: Curated) -> dict[str, Any]:
         "split": {"by": split.by, "salt": split.salt, "eval_fraction": split.eval_fraction, "groups": groups},
         "columns": columns(config.kind),
         "lengths": length_summary(config.kind, curated.rows),
-        **operations_info(curated),
+        **operations_info(config, curated),
         "content_hash": content_hash(curated.rows),
     }
 

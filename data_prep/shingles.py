@@ -1,23 +1,22 @@
 """Word shingles of many texts as 64-bit hashes, computed for a whole batch at once in numpy.
 
-A text is normalised (NFKC, case, punctuation aside), cut into words, and every run of `n` words becomes one
-hash; a shorter text is one shingle. In scripts that are written without spaces (Chinese characters, kana,
-Thai, Lao, Khmer, Burmese) every character is a word. Words are hashed by differences of a prefix polynomial
-modulo 2**64 (Karp and Rabin, 1987): with an odd base the difference can be divided by its power of the base,
-so that a word's hash does not depend on its place. Two different shingles of 10 million share a hash with
-probability of about 3e-6.
+A text is normalised (NFKC, case, spacing and punctuation aside), cut into words, and every run of `n` words
+becomes one hash; a shorter text is one shingle. In scripts that are written without spaces (Chinese
+characters, kana, Thai, Lao, Khmer, Burmese) every character is a word. Words are hashed by differences of a
+prefix polynomial modulo 2**64 (Karp and Rabin, 1987): with an odd base the difference can be divided by its
+power of the base, so that a word's hash does not depend on its place. Two different shingles of 10 million
+share a hash with probability of about 3e-6.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-
-from data_prep.dedup import normalise
 
 Hashes = NDArray[np.uint64]
 BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -42,8 +41,7 @@ def shingle(texts: Sequence[str], n: int = 3) -> Shingles:
     """Hashes of every run of `n` words of every text. Texts without any word have no shingle."""
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    # Spacing does not matter here, so that of ASCII texts is left as it is.
-    encoded = [(text.lower() if text.isascii() else normalise(text)).encode("utf-8") for text in texts]
+    encoded = [_spaced(text).encode("utf-8") for text in texts]
     # A text is followed by a space, so that every word has an end; offsets are those of the texts.
     data = np.frombuffer(b" ".join([*encoded, b""]), dtype=np.uint8)
     offsets = np.zeros(len(encoded) + 1, dtype=np.int64)
@@ -52,6 +50,14 @@ def shingle(texts: Sequence[str], n: int = 3) -> Shingles:
     words = _word_hashes(data, first, last)
     starts = np.searchsorted(first, offsets)
     return _runs(words, starts, n)
+
+
+def _spaced(text: str) -> str:
+    """`data_prep.dedup.normalise` without its work on white space, which does not matter here."""
+    if text.isascii():
+        return text.lower()
+    # NFKC makes plain spaces of all white space but these line ends; U+1680 is among the punctuation.
+    return unicodedata.normalize("NFKC", text).casefold().replace("\x85", " ")
 
 
 def _word_bounds(data: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -174,7 +180,7 @@ _WITHOUT_SPACES = (
 def _classes() -> NDArray[np.uint8]:
     """By code point below U+10000: punctuation, a word of its own, or 0."""
     classes = np.zeros(0x10000, dtype=np.uint8)
-    classes[0x2000:0x2070] = classes[0x3000:0x3040] = _PUNCTUATION
+    classes[0x2000:0x2070] = classes[0x3000:0x3040] = classes[0x1680] = _PUNCTUATION
     for first, last in _WITHOUT_SPACES:
         classes[first : last + 1] = _ALONE
     return classes

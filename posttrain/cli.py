@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain import __version__, cli_gateway, cli_parity
+from posttrain import __version__, cli_data, cli_gateway, cli_parity
 from posttrain.cli_plan import add_plan
 from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
@@ -379,5 +379,6 @@ def report(
 
 
 add_plan(app, _reporting, _print_json)
+cli_data.register(app, _reporting, _print_json)
 cli_parity.register(app, _reporting)
 cli_gateway.register(app, _reporting)

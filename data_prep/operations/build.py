@@ -17,6 +17,7 @@ from data_prep.operations.eval_sets import read_eval_set
 from data_prep.operations.language import Language
 from data_prep.operations.length import Length
 from data_prep.operations.mixing import Mix
+from data_prep.operations.near_duplicates import Duplicates, NearDuplicates
 from data_prep.operations.personal import PersonalData
 from data_prep.operations.preferences import PreferenceChecks
 from data_prep.operations.quality import Quality
@@ -24,7 +25,6 @@ from data_prep.operations.toxicity import Toxicity, load_scorer
 from data_prep.operations.unicode import REPAIRS, Unicode
 from data_prep.pii import RULES, custom_rules
 from posttrain.errors import UserError
-from data_prep.operations.near_duplicates import Duplicates, NearDuplicates
 
 Locate = Callable[[str], Path]
 """The local path of an input of the stage, by its field: "operations.1.against.0"."""
@@ -32,7 +32,7 @@ Locate = Callable[[str], Path]
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What of the stage some operations need. locate: paths of inputs; by_cluster: the split is by cluster."""
+    """What of the stage some operations need. locate: paths of inputs; by_cluster: of the split."""
 
     locate: Locate
     by_cluster: bool = False
@@ -78,9 +78,7 @@ def _unicode(config: settings.UnicodeConfig, where: str, around: Surroundings) -
 
 def _language(config: settings.LanguageConfig, where: str, around: Surroundings) -> Operation:
     _need("py3langid", where, "or remove the operation")
-    return Language(
-        tuple(config.keep), config.min_confidence, config.min_letters, config.action, config.part
-    )
+    return Language(tuple(config.keep), config.min_confidence, config.min_letters, config.action, config.part)
 
 
 def _need(package: str, where: str, otherwise: str) -> None:

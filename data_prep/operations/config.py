@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -127,7 +128,8 @@ class QualityConfig(_Operation):
 
     op: Literal["quality"]
     rules: list[str] | None = Field(
-        None, description="Names of rules (docs/curation.md). Default: those that fit answers of an assistant."
+        None,
+        description="Names of rules (docs/curation.md). Default: those that fit answers of an assistant.",
     )
     bounds: dict[str, float] = Field(
         default_factory=dict, description="Other bounds than the rules' own, by rule."
@@ -170,7 +172,8 @@ class PiiConfig(_Operation):
 
     op: Literal["pii"]
     action: Literal["find", "redact", "drop"] = Field(
-        "redact", description="find: tag types and counts. redact: pseudonyms such as [EMAIL_1]. drop: the row."
+        "redact",
+        description="find: tag types and counts. redact: pseudonyms such as [EMAIL_1]. drop: the row.",
     )
     types: list[str] | None = Field(None, description="Types to look for. Default: all.")
     patterns: dict[str, str] = Field(
@@ -215,7 +218,9 @@ class MixConfig(_Operation):
     temperature: float | None = Field(
         None, gt=0, description="Instead of weights: shares are sizes to the power of 1 / temperature."
     )
-    max_epochs: float = Field(1.0, gt=0, description="How often a row may be used at most; above 1 rows repeat.")
+    max_epochs: float = Field(
+        1.0, gt=0, description="How often a row may be used at most; above 1 rows repeat."
+    )
     quotas: dict[str, int] = Field(default_factory=dict, description="Most rows of a source.")
     rows: int | None = Field(
         None, gt=0, description="Rows of the mix. Default: as many as the sources give in these shares."
@@ -252,3 +257,18 @@ OperationConfig = Annotated[
 def settings_of(config: Any) -> dict[str, Any]:
     """An operation's settings for dataset.json: all but its name and what only the report needs."""
     return config.model_dump(mode="json", exclude={"op", "examples"})
+
+
+def check_sources(mix: MixConfig, names: Sequence[str]) -> None:
+    """Raises ValueError: two sources of one name, or a weight or quota of a name that none has."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"`mix` needs sources of different names; set `name` on those called {', '.join(twice)}"
+        )
+    for field, named in (("weights", mix.weights), ("quotas", mix.quotas)):
+        for name in named:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"sources are {', '.join(names)}"
+                raise ValueError(f"mix.{field}: no source is called {name!r}; {hint}")

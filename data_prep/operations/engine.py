@@ -48,7 +48,7 @@ class Drop:
 
 @dataclass
 class Ledger:
-    """What one operation did. repeated: rows that mixing added; notes: counts of what it changed or tagged."""
+    """What one operation did. repeated: rows that mixing added; notes: what was changed or tagged."""
 
     operation: str
     settings: dict[str, Any]

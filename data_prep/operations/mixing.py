@@ -13,6 +13,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
 from data_prep.operations.base import Decided, Dropped, Row, Stays
 from posttrain.errors import DataError
 

@@ -53,7 +53,7 @@ class NearDuplicates:
         return part_text(row.record, self.part), row.record.id, f"{row.file}:{row.line}"
 
     def decide(self, views: Sequence[tuple[str, str, str]]) -> Decided:
-        """Facts: clusters of two rows and more, the rows in them, the largest, and pairs that were compared."""
+        """Facts: clusters of two rows and more, rows in them, the largest, and pairs that were compared."""
         texts = [text for text, _, _ in views]
         found = (
             exact_near_duplicates(texts, self.settings.threshold, self.settings.words)

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from data_prep.operations.base import Decided, Dropped, Row, Stays
 from data_prep.records import PreferenceRecord
-from data_prep.split import group_key
 from data_prep.shingles import shingle
+from data_prep.split import group_key
 
 
 class Pair(NamedTuple):
@@ -57,7 +57,7 @@ class PreferenceChecks:
         )
 
     def decide(self, views: Sequence[Pair]) -> Decided:
-        """Drops side_without_words, sides_alike and contradictory_pairs; facts: the length bias of the rest."""
+        """Drops side_without_words, sides_alike, contradictory_pairs; facts: length bias of the rest."""
         preferred: dict[tuple[str, str, str], str] = {}
         for pair in views:
             preferred.setdefault((pair.prompt, pair.chosen, pair.rejected), pair.place)

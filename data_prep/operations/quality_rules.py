@@ -107,7 +107,7 @@ def _stop_words(at: Measured) -> float:
 
 @dataclass(frozen=True)
 class Rule:
-    """source: the paper; measure: of a text; low, high: bounds, inclusive; words: texts of fewer words pass."""
+    """low, high: bounds of what `measure` gives, inclusive; words: texts of fewer words pass."""
 
     source: str
     what: str
@@ -119,7 +119,7 @@ class Rule:
     why: str = ""
 
     def passes(self, at: Measured, bound: float | None = None) -> tuple[bool, float]:
-        """(whether the text passes, what was measured). bound: replaces `high`, or `low` where only that is."""
+        """(whether it passes, what was measured). bound: replaces `high`, or `low` where only that is."""
         value = self.measure(at)
         low, high = self.low, self.high
         if bound is not None:
@@ -144,30 +144,56 @@ RULES: dict[str, Rule] = {
     ),
     "gopher_symbols": Rule("gopher", "# and ... per word", _symbols, high=0.1, words=50),
     "gopher_bullets": Rule(
-        "gopher", "share of lines that are bullets", _of_lines(lambda line: line.startswith(_BULLET)),
-        high=0.9, default=False, why=_PAGES,
+        "gopher",
+        "share of lines that are bullets",
+        _of_lines(lambda line: line.startswith(_BULLET)),
+        high=0.9,
+        default=False,
+        why=_PAGES,
     ),
     "gopher_ellipsis_lines": Rule(
-        "gopher", "share of lines that end in an ellipsis",
-        _of_lines(lambda line: line.endswith(("...", "…"))), high=0.3, words=50,
+        "gopher",
+        "share of lines that end in an ellipsis",
+        _of_lines(lambda line: line.endswith(("...", "…"))),
+        high=0.3,
+        words=50,
     ),
     "gopher_alphabetic": Rule(
-        "gopher", "share of words with a letter", _alphabetic, low=0.8, default=False, why="arithmetic fails it"
+        "gopher",
+        "share of words with a letter",
+        _alphabetic,
+        low=0.8,
+        default=False,
+        why="arithmetic fails it",
     ),
     "gopher_stop_words": Rule(
-        "gopher", "kinds of English stop words", _stop_words, low=2, default=False, words=50,
+        "gopher",
+        "kinds of English stop words",
+        _stop_words,
+        low=2,
+        default=False,
+        words=50,
         why="other languages and code fail it",
     ),
-    "gopher_repeated_lines": Rule("gopher", "share of repeated lines", lambda at: _repeated(at.lines), high=0.3, words=50),
+    "gopher_repeated_lines": Rule(
+        "gopher", "share of repeated lines", lambda at: _repeated(at.lines), high=0.3, words=50
+    ),
     "gopher_repeated_paragraphs": Rule(
         "gopher", "share of repeated paragraphs", lambda at: _repeated(at.paragraphs), high=0.3, words=50
     ),
     "gopher_repeated_line_characters": Rule(
-        "gopher", "share of characters in repeated lines", lambda at: _repeated_characters(at.lines), high=0.2, words=50
+        "gopher",
+        "share of characters in repeated lines",
+        lambda at: _repeated_characters(at.lines),
+        high=0.2,
+        words=50,
     ),
     "gopher_repeated_paragraph_characters": Rule(
-        "gopher", "share of characters in repeated paragraphs",
-        lambda at: _repeated_characters(at.paragraphs), high=0.2, words=50,
+        "gopher",
+        "share of characters in repeated paragraphs",
+        lambda at: _repeated_characters(at.paragraphs),
+        high=0.2,
+        words=50,
     ),
     **{
         f"gopher_top_{n}gram": Rule(
@@ -183,15 +209,19 @@ RULES: dict[str, Rule] = {
     },
     "c4_lorem_ipsum": Rule("c4", "lorem ipsum", lambda at: "lorem ipsum" in at.text.lower(), high=0),
     "c4_javascript": Rule(
-        "c4", "lines that ask for JavaScript",
-        lambda at: sum("javascript" in line.lower() and "enable" in line.lower() for line in at.lines), high=0,
+        "c4",
+        "lines that ask for JavaScript",
+        lambda at: sum("javascript" in line.lower() and "enable" in line.lower() for line in at.lines),
+        high=0,
     ),
     "c4_policy": Rule(
-        "c4", "lines on cookies or terms of use",
+        "c4",
+        "lines on cookies or terms of use",
         lambda at: sum(
             any(words in line.lower() for words in ("uses cookies", "use of cookies", "cookie policy"))
             for line in at.lines
-        ), high=0,
+        ),
+        high=0,
     ),
     "c4_curly_bracket": Rule(
         "c4", "a curly bracket", lambda at: "{" in at.text, high=0, default=False, why="answers hold code"
@@ -200,15 +230,27 @@ RULES: dict[str, Rule] = {
         "c4", "sentences", lambda at: len(_SENTENCES.findall(at.text)), low=3, default=False, why=_PAGES
     ),
     "fineweb_line_punctuation": Rule(
-        "fineweb", "share of lines that end in punctuation", _of_lines(lambda line: line.endswith(_END)),
-        low=0.12, default=False, why=_PAGES,
+        "fineweb",
+        "share of lines that end in punctuation",
+        _of_lines(lambda line: line.endswith(_END)),
+        low=0.12,
+        default=False,
+        why=_PAGES,
     ),
     "fineweb_short_lines": Rule(
-        "fineweb", "share of lines of fewer than 30 characters", _of_lines(lambda line: len(line) < 30),
-        high=0.67, default=False, why=_PAGES,
+        "fineweb",
+        "share of lines of fewer than 30 characters",
+        _of_lines(lambda line: len(line) < 30),
+        high=0.67,
+        default=False,
+        why=_PAGES,
     ),
     "fineweb_repeated_line_characters": Rule(
-        "fineweb", "share of characters in repeated lines", lambda at: _repeated_characters(at.lines),
-        high=0.1, words=50, why="0.01 in the paper; code repeats its closing brackets",
+        "fineweb",
+        "share of characters in repeated lines",
+        lambda at: _repeated_characters(at.lines),
+        high=0.1,
+        words=50,
+        why="0.01 in the paper; code repeats its closing brackets",
     ),
-}  # fmt: skip
+}

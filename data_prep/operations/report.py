@@ -44,7 +44,32 @@ def card_lines(info: Mapping[str, Any]) -> list[str]:
         lines += [f"   - dropped {count:,}: {reason}" for reason, count in at["drops"].items()]
         lines += [f"   - {count:,} rows: {note}" for note, count in at["notes"].items()]
         lines += [f"   - {name}: {_inline(value)}" for name, value in at["facts"].items()]
+    return [*lines, "", *_mixture(info)]
+
+
+def _mixture(info: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "### Sources and licences of the rows",
+        "",
+        "| source | side | rows | share |",
+        "|---|---|---:|---:|",
+    ]
+    for side, shares in info["mixture"].items():
+        lines += [
+            f"| {_cell(name)} | {side} | {at['rows']:,} | {at['share']:.4%} |" for name, at in shares.items()
+        ]
+    licences = info["licences"]
+    rolled = ", ".join(f"{name} {rows:,} rows" for name, rows in licences["rows_by_licence"].items())
+    lines += ["", f"Licences: {rolled}."]
+    if not licences["commercial"]:
+        lines[-1] += " Not all of them are known to allow commercial use."
+    if licences["share_alike"]:
+        lines[-1] += f" Share-alike: {', '.join(licences['share_alike'])}."
     return [*lines, ""]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _inline(value: Any) -> str:
@@ -76,7 +101,7 @@ def _bars(steps: Sequence[tuple[str, int, int, int]]) -> str:
     width, height = WIDTH + 290, len(steps) * ROW
     return (
         f'<div class="wide"><svg class="waterfall" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" aria-label="rows left after each operation">{"".join(parts)}</svg></div>'
+        f'height="{height}" role="img" aria-label="rows left after each step">{"".join(parts)}</svg></div>'
     )
 
 

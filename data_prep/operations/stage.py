@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.dataset import to_row
 from data_prep.dedup import content_key
 from data_prep.ingest import Reject
+from data_prep.licences import roll_up
 from data_prep.near_duplicates import UnionFind
 from data_prep.operations.base import Row
 from data_prep.operations.engine import Drop, Ran, Step, run_operations
@@ -117,13 +118,20 @@ def conserved(rows_in: int, curated: Curated) -> bool:
     return rows_in + repeated == out + len(curated.dropped) + len(curated.operation_drops)
 
 
-def operations_info(curated: Curated) -> dict[str, Any]:
+def operations_info(config: CurateConfig, curated: Curated) -> dict[str, Any]:
     """What dataset.json says beyond its other keys; nothing without operations."""
     if curated.operated is None:
         return {}
     ledgers = curated.operated.ledgers
+    rows: Counter[str] = Counter()
+    for shares in curated.mixture.values():
+        rows.update({name: at["rows"] for name, at in shares.items()})
+    licences = [
+        (source.label, "generated" if source.generator else source.licence) for source in config.sources
+    ]
     return {
         "mixture": curated.mixture,
+        "licences": {"marked_commercial": config.commercial, **roll_up(licences, rows)},
         "rows_repeated": sum(ledger.repeated for ledger in ledgers),
         "operations": [ledger.as_json() for ledger in ledgers],
     }

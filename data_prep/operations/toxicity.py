@@ -20,7 +20,7 @@ Scorer = Callable[[Sequence[str]], Sequence[float]]
 
 @dataclass(frozen=True)
 class Toxicity:
-    """Row-local. scorer: texts to scores, called with a batch; above: the score from which rows are counted."""
+    """Row-local. scorer: texts to scores, a batch at a time; above: the score from which rows count."""
 
     scorer: Scorer
     above: float

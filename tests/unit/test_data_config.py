@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,10 +75,20 @@ def test_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "says"),
-    [("*.parquet", "no file matches"), ("", "is a folder"), ("notes.txt", "cannot read this file type")],
+    [
+        ("*.parquet", "no file matches"),
+        ("", "is a folder without data files .it holds broken.jsonl, loop.jsonl, notes.md"),
+        ("notes.md", "cannot read this file type"),
+        ("pipe.jsonl", "neither a regular file nor a folder"),
+        ("broken.jsonl", "is a link to nowhere, which is not there"),
+        ("loop.jsonl", "is a link that leads to itself"),
+    ],
 )
 def test_expand_refuses(tmp_path: Path, pattern: str, says: str) -> None:
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "broken.jsonl").symlink_to("nowhere")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     with pytest.raises(DataError, match=says):
         expand(str(tmp_path / pattern))
 
@@ -134,11 +145,12 @@ def test_a_bad_line_is_one_bad_row(tmp_path: Path, line: bytes, reason: str) -> 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 50)[:-12], "truncated gzip"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "damaged or truncated gzip"),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "rename it to .jsonl"),
+        ("a.json", b'{"text": "a"\n', "rename it to .jsonl"),
+        ("a.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of objects: a, b"),
         ("a.json", b'{"text": "a"}', "holds one dict, not a list"),
-        ("a.json", b'["\xff"]', "not UTF-8"),
+        ("a.json", b'{"a": "\xff"}', "not UTF-8"),
+        ("a.csv", b"q,q\n1,2\n", "names 'q' more than once"),
         ("a.parquet", b"PAR1 no", "not a readable parquet"),
     ],
 )

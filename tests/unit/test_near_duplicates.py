@@ -15,10 +15,12 @@ from data_prep.dedup import normalise
 from data_prep.near_duplicates import MinHashSettings, UnionFind, find_near_duplicates, sign
 from data_prep.shingles import jaccard, shingle
 
-WORDS = "order kettle refund where is my the a ships monday café straße naïve k12 x слово 漢字 𠀀 สวัสดี かな한글".split()
+WORDS = (
+    "order kettle refund where is my the a ships café straße naïve k12 x слово 漢字 𠀀 สวัสดี かな한글".split()
+)
 texts = st.lists(
     st.lists(st.sampled_from([*WORDS, "...", "-", "!?", "“", "—", "。", "😀"]), max_size=12).map(" ".join)
-    | st.text("ab1 .漢字か𠀀ส한é–、😀", max_size=20),
+    | st.text("aB1 .漢字か𠀀ส한é–、😀ﬁ\x85\u1680\u2003\u2028\t\x1f", max_size=20),
     min_size=1,
     max_size=8,
 )
@@ -26,7 +28,7 @@ ALONE = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 )
 ALONE += "\U00020000-\U0003ffff"
-MARKS = "\u2000-\u206f\u3000-\u303f"
+MARKS = "\u1680\u2000-\u206f\u3000-\u303f"
 
 
 def plain(text: str, n: int) -> set[tuple[str, ...]]:
