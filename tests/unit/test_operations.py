@@ -40,6 +40,7 @@ from data_prep.records import (
     TextRecord,
     UnpairedPreferenceRecord,
 )
+from posttrain.errors import DataError
 
 ASK = "where is my order of the blue kettle that I placed on monday"
 
@@ -69,7 +70,8 @@ def steps(*operations: dict[str, Any], by_cluster: bool = False, **paths: Path) 
     def locate(field: str) -> Path:
         return paths[field.split(".")[2]]
 
-    return build(config(*operations).operations, Surroundings(locate, by_cluster=by_cluster))
+    setting = config(*operations, kind="preference", sources=SOURCES)
+    return build(setting.operations, Surroundings(locate, by_cluster=by_cluster))
 
 
 def ran(rows: Sequence[Row], *operations: dict[str, Any], **paths: Path) -> engine.Ran:
@@ -148,12 +150,21 @@ def test_rows_survive_the_way_through_arrow(record: Record) -> None:
 
 
 WORDS = "order kettle refund where is my the a ships monday blue".split()
-MAPS: list[dict[str, Any]] = []
+MAPS: list[dict[str, Any]] = [
+    {"op": "unicode"},
+    {"op": "quality", "action": "drop", "rules": ["gopher_words_min", "c4_curly_bracket"]},
+    {"op": "pii", "action": "redact"},
+    {"op": "pii", "action": "drop", "types": ["EMAIL"]},
+    {"op": "toxicity", "scorer": "tests.unit.test_operations:scores"},
+]
 ORDERED: list[dict[str, Any]] = [
     {"op": "duplicates"},
     {"op": "near_duplicates", "threshold": 0.5},
     {"op": "near_duplicates", "threshold": 0.4, "keep": "all", "part": "prompt"},
     {"op": "near_duplicates", "search": "exact", "part": "answer"},
+    {"op": "preference_checks"},
+    {"op": "mix", "weights": {"a.jsonl": 1}, "max_epochs": 2.5},
+    {"op": "mix", "temperature": 3.0, "rows": 30, "max_epochs": 3.0, "quotas": {"b.jsonl": 4}},
 ]
 sentences = st.lists(
     st.sampled_from([*WORDS, "\u200b", "ann@shop.example", "...", "{"]), min_size=1, max_size=6
@@ -183,9 +194,14 @@ def test_any_order_conserves_rows(
     for line, (ask, one, other) in enumerate(rows, start=1):
         if one.split() != other.split() and all(map(str.strip, (ask, one, other))):
             read += 1
-            add(setting, curated, "f", line, pair(ask, one, other), "ab"[line % 2])
+            add(setting, curated, "f", line, pair(ask, one, other), SOURCES[line % 2]["path"])
     around = Surroundings(lambda field: pytest.fail(field), by_cluster=by == "cluster")
-    operate(setting, curated, build(setting.operations, around), lambda w: unique_id(curated.ids, w))
+    try:
+        operate(setting, curated, build(setting.operations, around), lambda w: unique_id(curated.ids, w))
+    except DataError:
+        # What stands before it dropped all rows of the only source with a weight.
+        assert "weights" in str(chosen)
+        return
     assert conserved(read, curated)
     ids = [at["id"] for split in SPLITS for at in curated.rows[split]]
     assert len(ids) == len(set(ids))
@@ -198,7 +214,32 @@ def test_any_order_conserves_rows(
         left = ledger.rows_out
 
 
+@settings(max_examples=40, deadline=None)
+@given(rows=st.lists(asked, min_size=1, max_size=20), size=st.integers(1, 7), which=st.sampled_from(MAPS))
+def test_map_operations_do_not_see_where_batches_begin(
+    rows: list[tuple[str, str, str]], size: int, which: dict[str, Any]
+) -> None:
+    """One batch, or many that came through Arrow as between processes: the same verdicts."""
+    whole = [
+        row(pair(ask, one, other), line)
+        for line, (ask, one, other) in enumerate(rows, start=1)
+        if one.split() != other.split()
+    ]
+    (step,) = steps(which)
+    (again,) = steps(which)
+    assert isinstance(step.operation, MapOperation)
+    assert isinstance(again.operation, MapOperation)
+    parts = [whole[begin : begin + size] for begin in range(0, len(whole), size)]
+    travelled = [from_arrow(to_arrow(part, "preference"), "preference") for part in parts]
+    apart = [verdict for part in travelled for verdict in again.operation.apply(part)]
+    assert list(step.operation.apply(whole)) == apart
+
+
 SOURCES = [{"path": "a.jsonl"}, {"path": "b.jsonl"}]
+
+
+def scores(texts: Sequence[str]) -> list[float]:
+    return [len(text) / 100 for text in texts]
 
 
 class Every:
