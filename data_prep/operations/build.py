@@ -85,7 +85,7 @@ def _need(package: str, where: str, otherwise: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"{where}: needs the package {package}, which is not installed\n"
-            f"    pip install 'posttrain[curation]', {otherwise}"
+            f"    pip install 'posttrain[data]', {otherwise}"
         )
 
 

@@ -1,6 +1,6 @@
 """Text repaired: mojibake, composed characters, control characters, zero-width ones, line ends.
 
-In this order, each counted by name: mojibake (ftfy's `fix_encoding`, extra `curation`), line_ends (CR LF and
+In this order, each counted by name: mojibake (ftfy's `fix_encoding`, extra `data`), line_ends (CR LF and
 CR to LF), control (C0, C1 and U+FFFE/U+FFFF but for tab and line feed), zero_width (U+200B, U+2060, U+FEFF;
 the joiners U+200C and U+200D stay, because Persian, Indic scripts and emoji are written with them), nfc.
 """

@@ -233,5 +233,5 @@ def test_what_this_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     whole = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ftfy" else whole(name))
     settings = config("text", save(tmp_path / "a.jsonl", [{"text": "a"}]), operations=[{"op": "unicode"}])
-    with pytest.raises(UserError, match=r"operations.0.mojibake: needs the package ftfy.*\n.*curation"):
+    with pytest.raises(UserError, match=r"operations.0.mojibake: needs the package ftfy.*\n.*posttrain.data."):
         execute_stage("curate", settings, tmp_path / "out", console=Console(file=io.StringIO()))
