@@ -20,18 +20,20 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.card import card_markdown, length_summary, report_html
 from data_prep.config import CurateConfig
+from data_prep.curate_checks import check_rows, check_split
 from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_hash, to_row, write_split
 from data_prep.dedup import SeenContent, content_key
 from data_prep.files import display_names, expand
 from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator, read_hub
 from data_prep.operations.base import Row
 from data_prep.operations.build import Surroundings, build
+from data_prep.operations.build import problems as operation_problems
 from data_prep.operations.engine import Ran, Step
 from data_prep.operations.stage import clean_rejects, conserved, operate, operations_info
 from data_prep.projections import from_last_user_turns
 from data_prep.records import Record, excerpt
 from data_prep.split import default_group, side
-from posttrain.errors import DataError, Problem
+from posttrain.errors import Problem
 from posttrain.rundir import STAGING_PREFIX
 
 if TYPE_CHECKING:
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
 
 REVIEW_FILE = "review.jsonl"
 """Rows that an operation lists for a reader, when there are any."""
-FILTERED = ("duplicate", "too_short", "too_long")
-"""Drops that the configuration asked for. Every other reason is a row that could not be used: a reject."""
 
 
 @dataclass
@@ -119,8 +119,8 @@ def _operate(config: CurateConfig, context: StageContext, curated: Curated, step
 
 
 def check(config: CurateConfig, where: str) -> list[Problem]:
-    """Problems of the generators' options, found without making a record."""
-    problems = []
+    """Problems of the generators' options and of the operations, found without making a record."""
+    problems = operation_problems(config.operations, where)
     for index, source in enumerate(config.sources):
         message = generator_problem(source, config.kind) if source.generator else None
         if message:
@@ -231,56 +231,6 @@ def unique_id(ids: Counter[str], wanted: str) -> str:
         name = f"{wanted}-{ids[wanted]}"
     ids[name] += 1
     return name
-
-
-def check_rows(config: CurateConfig, curated: Curated) -> None:
-    """Raises DataError when there are no rows, too many unusable ones, or none left."""
-    total, names = curated.rows_in, ", ".join(source.name for source in curated.sources)
-    if total == 0:
-        raise DataError(f"{names}: no rows\n    give files that hold rows")
-    rejects = [drop for drop in curated.dropped if drop.reason not in FILTERED]
-    if len(rejects) > config.max_reject_fraction * total:
-        raise DataError(_too_many_rejects(config, rejects, total))
-    if not curated.pending and not any(curated.rows.values()):
-        drops = ", ".join(f"{reason} {count:,}" for reason, count in curated.drops.items())
-        what = "`filters` or `operations`" if config.operations else "`filters`"
-        raise DataError(
-            f"{names}: none of the {total:,} rows is left ({drops})\n    relax {what}, or give other sources"
-        )
-
-
-def _too_many_rejects(config: CurateConfig, rejects: list[Reject], total: int) -> str:
-    counts = Counter(reject.reason for reject in rejects)
-    first = {reason: next(reject for reject in rejects if reject.reason == reason) for reason in counts}
-    lines = [
-        f"{len(rejects):,} of {total:,} rows cannot be used, "
-        f"more than max_reject_fraction {config.max_reject_fraction} allows"
-    ]
-    for reason, count in counts.most_common(8):
-        at = first[reason]
-        lines.append(f"    {reason} ({count:,}), first at {at.file}:{at.line}: {at.detail}")
-    lines.append(f"    row: {first[counts.most_common(1)[0][0]].excerpt}")
-    lines.append("    correct the rows, or raise max_reject_fraction to drop and count them")
-    return "\n".join(lines)
-
-
-def check_split(config: CurateConfig, curated: Curated) -> None:
-    """Raises DataError when all rows landed on one side."""
-    for split in SPLITS:
-        if curated.rows[split]:
-            continue
-        rows = [row for others in curated.rows.values() for row in others]
-        groups = len({row["group"] for row in rows})
-        remedy = (
-            "a split by group needs several groups: give more varied rows, or set split.by: record"
-            if groups < 2
-            else f"{'raise' if split == 'eval' else 'lower'} split.eval_fraction, "
-            "change split.salt, or give more rows"
-        )
-        raise DataError(
-            f"split.eval_fraction {config.split.eval_fraction} leaves the {split} side empty: "
-            f"all {len(rows):,} rows ({groups:,} groups) fall on the other\n    {remedy}"
-        )
 
 
 def describe(config: CurateConfig, curated: Curated) -> dict[str, Any]:

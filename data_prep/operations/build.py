@@ -24,7 +24,7 @@ from data_prep.operations.quality import Quality
 from data_prep.operations.toxicity import Toxicity, load_scorer
 from data_prep.operations.unicode import REPAIRS, Unicode
 from data_prep.pii import RULES, custom_rules
-from posttrain.errors import UserError
+from posttrain.errors import ConfigError, Problem, UserError
 
 Locate = Callable[[str], Path]
 """The local path of an input of the stage, by its field: "operations.1.against.0"."""
@@ -39,7 +39,14 @@ class Surroundings:
 
 
 def build(configs: Sequence[Any], around: Surroundings) -> list[Step]:
-    """The steps in their order. Raises UserError for what an operation needs and this machine lacks."""
+    """The steps in their order.
+
+    Raises ConfigError for what an operation needs and this machine lacks, UserError for an input that is no
+    tokenizer or evaluation set.
+    """
+    found = problems(configs, "curate")
+    if found:
+        raise ConfigError(found)
     return [
         Step(
             config.op,
@@ -69,24 +76,39 @@ def _decontaminate(config: settings.DecontaminateConfig, where: str, around: Sur
     )
 
 
+def problems(configs: Sequence[Any], where: str) -> list[Problem]:
+    """What speaks against the operations before anything is read: packages, scorers. where: of the stage."""
+    found = []
+    for index, config in enumerate(configs):
+        place = f"{where}.operations.{index}"
+        for package in _packages(config):
+            if importlib.util.find_spec(package) is None:
+                remedy = "pip install 'posttrain[data]', or change the operation"
+                message = f"{config.op} needs the package {package}, which is not installed"
+                found.append(Problem(place, message, remedy, here=True))
+        if isinstance(config, settings.ToxicityConfig):
+            try:
+                load_scorer(config.scorer)
+            except UserError as error:
+                message, _, remedy = str(error).partition("\n")
+                found.append(Problem(f"{place}.scorer", message, remedy.strip(), here=True))
+    return found
+
+
+def _packages(config: Any) -> list[str]:
+    """What an operation needs of the optional packages."""
+    if isinstance(config, settings.UnicodeConfig) and config.mojibake:
+        return ["ftfy"]
+    return ["py3langid"] if isinstance(config, settings.LanguageConfig) else []
+
+
 def _unicode(config: settings.UnicodeConfig, where: str, around: Surroundings) -> Operation:
-    if config.mojibake:
-        _need("ftfy", f"{where}.mojibake", "or set mojibake: false")
     switches = config.model_dump()
     return Unicode(tuple(name for name in REPAIRS if switches[name]))
 
 
 def _language(config: settings.LanguageConfig, where: str, around: Surroundings) -> Operation:
-    _need("py3langid", where, "or remove the operation")
     return Language(tuple(config.keep), config.min_confidence, config.min_letters, config.action, config.part)
-
-
-def _need(package: str, where: str, otherwise: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{where}: needs the package {package}, which is not installed\n"
-            f"    pip install 'posttrain[data]', {otherwise}"
-        )
 
 
 def _length(config: settings.LengthConfig, where: str, around: Surroundings) -> Operation:

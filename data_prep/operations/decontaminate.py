@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from data_prep.operations.base import Dropped, Kept, Row
 from data_prep.operations.parts import Part, part_text
-from data_prep.records import excerpt
 from data_prep.shingles import Hashes, Shingles, shingle
 
 
@@ -146,8 +145,8 @@ class Decontaminate:
                         "cosine": round(cosine, 4),
                         "set": evaluation.name,
                         "item": item + 1,
-                        "item_excerpt": excerpt(evaluation.items[item]),
-                        "row_excerpt": excerpt(texts[at]),
+                        "item_text": evaluation.items[item],
+                        "row_text": texts[at],
                     }
         for at, review in best.items():
             kept = verdicts[at]

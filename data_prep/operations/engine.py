@@ -23,6 +23,8 @@ from data_prep.operations.base import (
 from data_prep.records import excerpt
 
 BATCH_ROWS = 1000
+EXAMPLE_CHARS, REVIEW_CHARS = 160, 600
+Show = Callable[[str, int], str]
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ def run_operations(
     steps: Sequence[Step],
     unique_id: Callable[[str], str],
     tick: Callable[[Step, int], None] = lambda step, rows: None,
+    show: Show = excerpt,
 ) -> Ran:
     """Put the rows through the steps. unique_id: gives a repeated row an id that no other has.
 
-    tick: called with the step and the number of rows it has done.
+    tick: called with the step and the number of rows it has done. show: makes of a text what examples and the
+    review list may show of it, in so many characters.
     """
     ran = Ran(list(rows))
     for number, step in enumerate(steps, start=1):
@@ -108,9 +112,11 @@ def run_operations(
         for done, (row, verdict) in enumerate(outcomes, start=1):
             if isinstance(verdict, Dropped):
                 ran.drops.append(Drop(row, number, step.name, verdict.reason, verdict.detail))
-                _count(ledger, row, verdict, step.examples)
-            else:
-                ran.rows += _kept(row, verdict, ledger, ran.review, unique_id)
+                _count(ledger, row, verdict, step.examples, show)
+                continue
+            if isinstance(verdict, Kept) and verdict.review is not None:
+                ran.review.append(_reviewed(row, verdict, show))
+            ran.rows += _kept(row, verdict, ledger, unique_id)
             if done % BATCH_ROWS == 0:
                 tick(step, BATCH_ROWS)
         tick(step, len(before) % BATCH_ROWS)
@@ -133,25 +139,31 @@ def _decided(
     return zip(rows, decided.verdicts, strict=True)
 
 
-def _count(ledger: Ledger, row: Row, dropped: Dropped, examples: int) -> None:
+def _count(ledger: Ledger, row: Row, dropped: Dropped, examples: int, show: Show) -> None:
     ledger.drops[dropped.reason] += 1
     shown = ledger.examples.setdefault(dropped.reason, [])
     if len(shown) < examples:
-        text = excerpt(row.record.turns()[0][1])
-        shown.append({"at": f"{row.file}:{row.line}", "detail": excerpt(dropped.detail), "excerpt": text})
+        text = show(row.record.turns()[0][1], EXAMPLE_CHARS)
+        detail = show(dropped.detail, EXAMPLE_CHARS)
+        shown.append({"at": f"{row.file}:{row.line}", "detail": detail, "excerpt": text})
+
+
+def _reviewed(row: Row, kept: Kept, show: Show) -> dict[str, Any]:
+    said = {
+        key: show(value, REVIEW_CHARS) if isinstance(value, str) else value
+        for key, value in (kept.review or {}).items()
+    }
+    return {"file": row.file, "line": row.line, "id": kept.record.id, **said}
 
 
 def _kept(
     row: Row,
     verdict: Kept | Stays,
     ledger: Ledger,
-    review: list[dict[str, Any]],
     unique_id: Callable[[str], str],
 ) -> list[Row]:
     ledger.notes.update(verdict.notes)
     if isinstance(verdict, Kept):
-        if verdict.review is not None:
-            review.append({"file": row.file, "line": row.line, "id": verdict.record.id, **verdict.review})
         return [row if verdict.record is row.record else replace(row, record=verdict.record)]
     record = tagged(row.record, **verdict.tags)
     kept = replace(row, record=record, ties=(*row.ties, *verdict.ties))

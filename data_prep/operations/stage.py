@@ -17,7 +17,7 @@ from data_prep.ingest import Reject
 from data_prep.licences import roll_up
 from data_prep.near_duplicates import UnionFind
 from data_prep.operations.base import Row
-from data_prep.operations.engine import Drop, Ran, Step, run_operations
+from data_prep.operations.engine import EXAMPLE_CHARS, Drop, Ran, Show, Step, run_operations
 from data_prep.operations.personal import Clean, scrubber
 from data_prep.records import excerpt
 from data_prep.split import side
@@ -40,7 +40,8 @@ def operate(
 
     A repetition that mixing made and that lands in eval is dropped: nothing is evaluated twice.
     """
-    ran = run_operations(curated.pending, steps, unique_id, tick)
+    clean = scrubber([step.operation for step in steps])
+    ran = run_operations(curated.pending, steps, unique_id, tick, _shower(clean))
     curated.pending = []
     sources: dict[str, list[str]] = {split: [] for split in curated.rows}
     for row, group in zip(ran.rows, groups(config, ran.rows), strict=True):
@@ -50,22 +51,23 @@ def operate(
             continue
         curated.rows[where].append(to_row(replace(row.record, group=group)))
         sources[where].append(row.source)
-    clean = scrubber([step.operation for step in steps])
     curated.operated = ran
     curated.operation_drops = [_reject(drop, clean) for drop in ran.drops]
     curated.mixture = {split: _shares(names) for split, names in sources.items()}
-    if clean is not None:
-        _clean_ledgers(ran, clean)
+
+
+def _shower(clean: Clean | None) -> Show:
+    """Shortens a text for a report; where an operation redacts, it is redacted whole before it is cut."""
+    if clean is None:
+        return excerpt
+    return lambda text, limit: excerpt(clean(text.replace("...", "\u2026")), limit)
 
 
 def _reject(drop: Drop, clean: Clean | None) -> Reject:
-    """The text is redacted whole, before it is cut."""
-    text = drop.row.record.turns()[0][1]
-    if clean is not None:
-        text = clean(text.replace("...", "\u2026"))
-    return Reject(
-        drop.row.file, drop.row.line, drop.reason, clean(drop.detail) if clean else drop.detail, excerpt(text)
-    )
+    show = _shower(clean)
+    text = show(drop.row.record.turns()[0][1], EXAMPLE_CHARS)
+    detail = clean(drop.detail) if clean else drop.detail
+    return Reject(drop.row.file, drop.row.line, drop.reason, detail, text)
 
 
 def clean_rejects(rejects: Sequence[Reject], steps: Sequence[Step]) -> list[Reject]:
@@ -74,18 +76,6 @@ def clean_rejects(rejects: Sequence[Reject], steps: Sequence[Step]) -> list[Reje
     if clean is None:
         return list(rejects)
     return [replace(at, detail=clean(at.detail), excerpt=clean(at.excerpt)) for at in rejects]
-
-
-def _clean_ledgers(ran: Ran, clean: Clean) -> None:
-    for ledger in ran.ledgers:
-        ledger.examples = {
-            reason: [{key: clean(text) for key, text in example.items()} for example in shown]
-            for reason, shown in ledger.examples.items()
-        }
-    ran.review = [
-        {key: clean(value) if isinstance(value, str) else value for key, value in at.items()}
-        for at in ran.review
-    ]
 
 
 def _shares(names: Sequence[str]) -> dict[str, Any]:
