@@ -258,6 +258,11 @@ class CurateConfig(StageConfig):
         description="Largest share of unusable rows; above it the stage fails, writing nothing.",
     )
 
+    @property
+    def operates(self) -> bool:
+        """Whether rows wait for the operations, and dataset.json says what became of each source."""
+        return bool(self.operations) or self.commercial
+
     @model_validator(mode="after")
     def _turns_to_count(self) -> CurateConfig:
         if self.last_user_turns is not None and self.kind == "text":

@@ -83,7 +83,7 @@ def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
     with context.phase("read"):
         for file, line, record, source in read_sources(config, context, curated):
             add(config, curated, file, line, record, source)
-    if steps:
+    if config.operates:
         curated.dropped = clean_rejects(curated.dropped, steps)
         check_rows(config, curated)
         with context.phase("operations"):
@@ -202,7 +202,7 @@ def add(
     if config.split.by == "record":
         group = key[:16]
     record = replace(record, id=unique_id(curated.ids, record.id or key[:16]), group=group)
-    if config.operations:
+    if config.operates:
         curated.pending.append(Row(record, file, line, source))
         return
     row = to_row(record)

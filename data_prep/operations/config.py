@@ -49,7 +49,7 @@ class NearDuplicatesConfig(_Operation):
     search: Literal["minhash", "exact"] = Field(
         "minhash",
         description="minhash: candidates by MinHash and LSH, each confirmed; a few of a thousand pairs near "
-        "the threshold are missed. exact: no pair is missed; about ten times slower, 1 GB at 100,000 rows.",
+        "the threshold are missed. exact: no pair is missed; some four times slower, 1 GB at 100,000 rows.",
     )
     bands: int = Field(
         32, ge=1, description="Bands of the LSH: more find more pairs near the threshold and take longer."

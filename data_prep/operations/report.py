@@ -33,10 +33,12 @@ def waterfall(info: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
 
 
 def card_lines(info: Mapping[str, Any]) -> list[str]:
-    """Lines of card.md: the waterfall, then what each operation dropped, changed or found."""
+    """Lines of card.md: the waterfall, what each operation dropped, changed or found; sources, licences."""
+    if "operations" not in info:
+        return []
     steps = waterfall(info)
     if not steps:
-        return []
+        return _mixture(info)
     lines = ["## Operations", "", "| step | dropped | repeated | rows left |", "|---|---:|---:|---:|"]
     lines += [f"| {what} | {gone:,} | {more:,} | {left:,} |" for what, gone, more, left in steps]
     for number, at in enumerate(info["operations"], start=1):
@@ -49,7 +51,7 @@ def card_lines(info: Mapping[str, Any]) -> list[str]:
 
 def _mixture(info: Mapping[str, Any]) -> list[str]:
     lines = [
-        "### Sources and licences of the rows",
+        "## Sources and licences of the rows",
         "",
         "| source | side | rows | share |",
         "|---|---|---:|---:|",

@@ -227,6 +227,20 @@ def test_a_mix_is_exact_and_said_with_its_licences(tmp_path: Path) -> None:
     assert "Not all of them are known to allow commercial use" in (tmp_path / "out/card.md").read_text()
 
 
+def test_a_commercial_mix_says_its_licences_without_any_operation(tmp_path: Path) -> None:
+    source = {"path": save(tmp_path / "a.jsonl", pairs(60)), "licence": "CC-BY-SA-4.0"}
+    plain, _ = curate(config("preference", sources=[source]), tmp_path / "plain")
+    info, _ = curate(config("preference", sources=[source], commercial=True), tmp_path / "out")
+    assert info["content_hash"] == plain["content_hash"]
+    assert info["licences"] == {
+        "marked_commercial": True,
+        "rows_by_licence": {"CC-BY-SA-4.0": 60},
+        "commercial": True,
+        "share_alike": ["CC-BY-SA-4.0"],
+    }
+    assert "Share-alike: CC-BY-SA-4.0" in (tmp_path / "out/card.md").read_text()
+
+
 def test_what_this_machine_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
