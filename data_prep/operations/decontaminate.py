@@ -23,6 +23,9 @@ from data_prep.operations.base import Dropped, Kept, Row
 from data_prep.operations.parts import Part, part_text
 from data_prep.shingles import Hashes, Shingles, shingle
 
+COSINES = 4_000_000
+"""How many are held at a time."""
+
 
 @dataclass(frozen=True)
 class EvalSet:
@@ -165,13 +168,14 @@ class Decontaminate:
             vectoriser = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
             items = vectoriser.fit_transform(evaluation.items)
             self._tfidf[evaluation.name] = vectoriser, items.T.tocsc()
-        if not texts:
-            return []
         vectoriser, items = self._tfidf[evaluation.name]
-        cosines = (vectoriser.transform(texts) @ items).toarray()
-        item = cosines.argmax(axis=1)
-        values = cosines[np.arange(len(texts)), item]
-        return list(zip(range(len(texts)), item.tolist(), values.tolist(), strict=True))
+        found: list[tuple[int, int, float]] = []
+        step = max(1, COSINES // len(evaluation.items))
+        for begin in range(0, len(texts), step):
+            cosines = (vectoriser.transform(texts[begin : begin + step]) @ items).toarray()
+            nearest = cosines.argmax(axis=1).tolist()
+            found += [(begin + row, item, float(cosines[row, item])) for row, item in enumerate(nearest)]
+        return found
 
 
 def _drop(verdicts: list[Kept | Dropped], index: int, reason: str, detail: str) -> None:
