@@ -147,7 +147,7 @@ class SourceConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _hub_path(cls, data: Any) -> Any:
-        """`path: hub:owner/name` is `hub: owner/name`, and with `revision` it is `hub: owner/name@revision`."""
+        """`path: hub:a/b` is `hub: a/b`, and with `revision: c` both are `hub: a/b@c`."""
         if not isinstance(data, dict):
             return data
         path, revision = data.get("path"), data.get("revision")
