@@ -90,7 +90,9 @@ class SourceConfig(StrictModel):
         "a folder or a glob of them. hub:owner/name is short for `hub`.",
     )
     hub: DatasetRef | None = Field(
-        None, description="A data set of the Hugging Face Hub (owner/name), or a folder that datasets loads."
+        None,
+        description="A data set of the Hugging Face Hub, owner/name or owner/name@revision, or a folder that "
+        "datasets loads.",
     )
     subset: str | None = Field(None, description="Hub: the data set's configuration. Default: its own.")
     split: str = Field("train", description="Hub: the split to read.")
@@ -158,13 +160,20 @@ class SourceConfig(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _hub_path(cls, data: Any) -> Any:
-        """`path: hub:owner/name` is `hub: owner/name`."""
-        path = data.get("path") if isinstance(data, dict) else None
-        if not isinstance(path, str) or not path.startswith("hub:"):
+        """`path: hub:a/b` is `hub: a/b`, and with `revision: c` both are `hub: a/b@c`."""
+        if not isinstance(data, dict):
             return data
-        if data.get("hub") is not None:
-            raise ValueError("give the data set once, in `path` or in `hub`")
-        return {**data, "path": None, "hub": path.removeprefix("hub:")}
+        path, revision = data.get("path"), data.get("revision")
+        if isinstance(path, str) and path.startswith("hub:"):
+            if data.get("hub") is not None:
+                raise ValueError("give the data set once, in `path` or in `hub`")
+            data = {**data, "path": None, "hub": path.removeprefix("hub:")}
+        hub = data.get("hub")
+        if isinstance(revision, str) and isinstance(hub, str):
+            if "@" in hub:
+                raise ValueError("give the revision once, in `hub` or in `revision`")
+            data = {**data, "hub": f"{hub}@{revision}", "revision": None}
+        return data
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:

@@ -138,12 +138,13 @@ def read_sources(
     """
     files = [expand(source.path) if source.path else [] for source in config.sources]
     names = display_names([path for paths in files for path in paths])
-    for source, paths in zip(config.sources, files, strict=True):
+    for index, (source, paths) in enumerate(zip(config.sources, files, strict=True)):
         if source.generator:
             report, pairs = read_generator(source, config.kind, config.seed)
             yield from _consume(context, curated, report, pairs, source.rows, source.label)
         if source.hub:
-            report, pairs = read_hub(source, config.kind)
+            found = context.inputs.get(f"sources.{index}.hub")
+            report, pairs = read_hub(source, config.kind, found.path if found else None)
             yield from _consume(context, curated, report, pairs, source.rows, source.label)
         left = source.rows
         for path in paths:

@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from data_prep.config import SourceConfig
 from posttrain.errors import DataError
 
 
-def hub_rows(source: SourceConfig) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) pairs of the source's split, in order. Raises DataError when it cannot be loaded."""
+def hub_rows(source: SourceConfig, directory: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) pairs of the source's split, in order; directory: the data set, downloaded.
+
+    Raises DataError when `datasets` does not load it.
+    """
     import datasets
-    from huggingface_hub.errors import HfHubHTTPError
 
-    assert source.hub is not None
-    name, _, revision = source.hub.partition("@")
-    place = f"hub data set {source.hub}, split {source.split}"
     try:
-        data = datasets.load_dataset(
-            name,
-            source.subset,
-            split=source.split,
-            revision=source.revision or revision or None,
-            streaming=True,
-        )
+        data = datasets.load_dataset(str(directory), source.subset, split=source.split, streaming=True)
         yield from enumerate(data, start=1)
-    except (datasets.exceptions.DatasetsError, HfHubHTTPError, ConnectionError) as error:
-        raise DataError(_failed(place, error)) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(_failed(place, error)) from error
-
-
-def _failed(place: str, error: Exception) -> str:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    return (
-        f"{place}: datasets does not load it ({first})\n"
-        "    check name, subset, split and revision, the network and `hf auth login`, or name a local folder"
-    )
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"hub data set {source.hub}, split {source.split}: datasets does not load it ({first})\n"
+            "    check `subset` and `split`, or name a folder of parquet, json or csv files"
+        ) from error

@@ -69,28 +69,30 @@ def read_file(
     return report, _from_rows(source, kind, str(path), read_rows(path, source.read), limit, report)
 
 
-def read_hub(source: SourceConfig, kind: Kind) -> tuple[SourceReport, Iterator[tuple[int, Record | Reject]]]:
+def read_hub(
+    source: SourceConfig, kind: Kind, directory: Path | None = None
+) -> tuple[SourceReport, Iterator[tuple[int, Record | Reject]]]:
     """The same of a Hub data set. The report's sha256, of the rows read, is set at the end.
 
-    Raises DataError: it cannot be loaded, and as `read_file`.
+    directory: where it was downloaded to. Raises DataError: it cannot be loaded, and as `read_file`.
     """
-    details = {"split": source.split, "revision": source.revision, **_licence(source)}
-    name = f"{Path(str(source.hub)).name if Path(str(source.hub)).is_dir() else source.hub}/{source.split}"
-    report = SourceReport(name, source.format, "", details=details)
-    return report, _hashed(source, kind, name, report)
+    place = str(source.hub)
+    name = f"{Path(place).name if Path(place).is_dir() else place}/{source.split}"
+    report = SourceReport(name, source.format, "", details=_licence(source))
+    return report, _hashed(source, kind, directory or Path(place).expanduser(), report)
 
 
 def _hashed(
-    source: SourceConfig, kind: Kind, name: str, report: SourceReport
+    source: SourceConfig, kind: Kind, directory: Path, report: SourceReport
 ) -> Iterator[tuple[int, Record | Reject]]:
     digest = hashlib.sha256()
 
     def rows() -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-        for line, row in hub_rows(source):
+        for line, row in hub_rows(source, directory):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             yield line, row
 
-    yield from _from_rows(source, kind, name, rows(), source.rows, report)
+    yield from _from_rows(source, kind, report.name, rows(), source.rows, report)
     report.sha256 = digest.hexdigest()
 
 

@@ -35,7 +35,15 @@ import numpy as np
 
 THRESHOLD = 0.7
 SYSTEMS = ("posttrain", "datasketch", "rensa")
-_WORD = re.compile(r"\w+")
+_ALONE = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+)
+_REST = (
+    "a-z0-9\x80-\u0dff\u0f00-\u0fff\u10a0-\u167f\u1681-\u177f\u1800-\u1fff\u2070-\u2fff\u3040\u3100-\u31ef"
+)
+_REST += "\u3200-\u33ff\u4dc0-\u4dff\ua000-\uf8ff\ufb00-\U0001ffff\U00040000-\U0010ffff"
+_WORD = re.compile(rf"[{_ALONE}\U00020000-\U0003ffff]|[{_REST}]+")
+"""The words of data_prep/shingles.py as an expression, so that all systems compare the same sets."""
 
 
 def strings(value: Any) -> Iterator[str]:

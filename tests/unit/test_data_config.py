@@ -35,6 +35,12 @@ ROW = {"text": "Once."}
         ({"generator": "support_desk", "rows": 1, "format": "hh"}, "belong to `path`"),
         ({"path": "a.jsonl", "options": {"a": 1}}, "belong to `generator`"),
         ({"path": "a.jsonl", "rows": 0}, "greater than 0"),
+        ({"path": "a.jsonl", "split": "test"}, "belong to `hub`"),
+        ({"path": "hub:a/b", "hub": "a/b"}, "give the data set once"),
+        ({"hub": "a/b@v1", "revision": "v1"}, "give the revision once"),
+        ({"hub": "a/b", "read": {"header": True}}, "`read` belongs to `path`"),
+        ({"path": "a.csv", "read": {"encoding": "latin-9000"}}, "no text encoding 'latin-9000'"),
+        ({"path": "a.csv", "read": {"encoding": "hex"}}, "no text encoding 'hex'"),
         ({"path": "a.jsonl", "formatt": "hh"}, "formatt"),
         ({"path": "a.jsonl", "format": "csv"}, "'messages'"),
     ],
@@ -55,6 +61,17 @@ def test_curate_is_refused(block: dict[str, Any]) -> None:
 def test_filter_bounds_must_be_ordered() -> None:
     with pytest.raises(ValidationError, match="larger than max_chars"):
         FilterConfig(min_chars=9, max_chars=3)
+
+
+def test_a_hub_source_in_its_spellings() -> None:
+    for source in (
+        {"path": "hub:owner/name", "revision": "v1"},
+        {"hub": "owner/name", "revision": "v1"},
+        {"hub": "owner/name@v1"},
+    ):
+        config = SourceConfig.model_validate({**source, "split": "test"})
+        assert (config.hub, config.path, config.revision) == ("owner/name@v1", None, None)
+        assert SourceConfig.model_validate(config.model_dump()) == config
 
 
 def test_check_names_the_options_of_a_generator() -> None:

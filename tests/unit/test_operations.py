@@ -152,6 +152,7 @@ def test_rows_survive_the_way_through_arrow(record: Record) -> None:
 WORDS = "order kettle refund where is my the a ships monday blue".split()
 MAPS: list[dict[str, Any]] = [
     {"op": "unicode"},
+    {"op": "language", "min_letters": 3, "keep": ["en"], "action": "drop"},
     {"op": "quality", "action": "drop", "rules": ["gopher_words_min", "c4_curly_bracket"]},
     {"op": "pii", "action": "redact"},
     {"op": "pii", "action": "drop", "types": ["EMAIL"]},
