@@ -142,7 +142,7 @@ def _info(path: Path) -> dict[str, Any]:
 
 def _rows(path: Path) -> dict[str, tuple[str, bytes, str]]:
     """(side, digest of the content, beginning) of every row, by id. source, group and meta do not count."""
-    rows = {}
+    rows: dict[str, tuple[str, bytes, str]] = {}
     for side in SPLITS:
         for row in read_split(path, side):
             content = {

@@ -165,6 +165,6 @@ def _record(kind: Kind, at: Mapping[str, Any]) -> Record:
         if name in at
     }
     if kind == "unpaired_preference":
-        return UnpairedPreferenceRecord(**turns, label=at["label"], **common)
+        return UnpairedPreferenceRecord(turns["prompt"], turns["completion"], at["label"], **common)
     classes = {"conversation": ConversationRecord, "preference": PreferenceRecord, "prompt": PromptRecord}
     return classes[kind](**turns, **common)

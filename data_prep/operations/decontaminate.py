@@ -101,7 +101,7 @@ class Decontaminate:
             self._by_ngram(evaluation, texts, verdicts)
             self._by_coverage(evaluation, texts, verdicts)
         if self.review_above is not None:
-            self._review(texts, verdicts)
+            self._review(texts, verdicts, self.review_above)
         return verdicts
 
     def _index(self, evaluation: EvalSet, n: int) -> GramIndex:
@@ -136,13 +136,13 @@ class Decontaminate:
             )
             _drop(verdicts, text, "contaminated_coverage", what)
 
-    def _review(self, texts: Sequence[str], verdicts: list[Kept | Dropped]) -> None:
+    def _review(self, texts: Sequence[str], verdicts: list[Kept | Dropped], above: float) -> None:
         left = [index for index, verdict in enumerate(verdicts) if isinstance(verdict, Kept)]
         best: dict[int, Mapping[str, Any]] = {}
         for evaluation in self.sets:
             for index, item, cosine in self.nearest(evaluation, [texts[index] for index in left]):
                 at = left[index]
-                if cosine >= self.review_above and cosine > best.get(at, {"cosine": 0})["cosine"]:
+                if cosine >= above and cosine > best.get(at, {"cosine": 0})["cosine"]:
                     best[at] = {
                         "operation": "decontaminate",
                         "cosine": round(cosine, 4),
