@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from data_prep.near_duplicates import MinHashSettings
@@ -13,7 +13,7 @@ from data_prep.operations import config as settings
 from data_prep.operations.base import Operation
 from data_prep.operations.decontaminate import Decontaminate
 from data_prep.operations.engine import Step
-from data_prep.operations.eval_sets import read_eval_set
+from data_prep.operations.eval_sets import named_apart, read_eval_set
 from data_prep.operations.language import Language
 from data_prep.operations.length import Length
 from data_prep.operations.mixing import Mix
@@ -48,14 +48,19 @@ def build(configs: Sequence[Any], around: Surroundings) -> list[Step]:
     if found:
         raise ConfigError(found)
     return [
-        Step(
-            config.op,
-            _BUILDERS[type(config)](config, f"operations.{index}", around),
-            settings.settings_of(config),
-            config.examples,
-        )
+        _step(config, _BUILDERS[type(config)](config, f"operations.{index}", around))
         for index, config in enumerate(configs)
     ]
+
+
+def _step(config: Any, operation: Operation) -> Step:
+    """Inputs are in the ledger by their names, not by where they lie: equal data give equal bytes."""
+    said = settings.settings_of(config)
+    if isinstance(operation, Decontaminate):
+        said["against"] = {each.name: len(each.items) for each in operation.sets}
+    if isinstance(config, settings.LengthConfig):
+        said["tokenizer"] = PurePath(config.tokenizer).name
+    return Step(config.op, operation, said, config.examples)
 
 
 def _near_duplicates(config: settings.NearDuplicatesConfig, where: str, around: Surroundings) -> Operation:
@@ -66,7 +71,7 @@ def _near_duplicates(config: settings.NearDuplicatesConfig, where: str, around: 
 def _decontaminate(config: settings.DecontaminateConfig, where: str, around: Surroundings) -> Operation:
     paths = [around.locate(f"{where}.against.{index}") for index in range(len(config.against))]
     return Decontaminate(
-        [read_eval_set(path, config.fields) for path in paths],
+        named_apart([read_eval_set(path, config.fields) for path in paths]),
         config.part,
         config.ngram,
         config.coverage_ngram,

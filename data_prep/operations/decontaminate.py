@@ -1,10 +1,11 @@
 """Decontamination: rows that hold text of an evaluation set are dropped, rows that are near it are listed.
 
-Two rules drop. `ngram_13`: the row shares a run of 13 words with an evaluation item (Brown et al., Language
-models are few-shot learners, 2020, appendix C). `coverage_8`: runs of 8 words that it shares with the set
-cover at least half of its words (as the token coverage of Chowdhery et al., PaLM, 2022, section 8). Runs that
-are in more than a few items are the set's own boilerplate and do not count. Neither finds a paraphrase: rows
-whose TF-IDF cosine to an item is high go to a review list, for a reader to judge.
+Two rules drop. contaminated_ngram: the row shares a run of 13 words with an evaluation item (Brown et al.,
+Language models are few-shot learners, 2020, appendix C). contaminated_coverage: runs of 8 words that it
+shares with the set cover at least half of the row's words (runs of 8 as in Chowdhery et al., PaLM, 2022,
+section 8, which asks for 70 % of an item's). Runs that are in more than a few items are the set's own
+boilerplate and do not count. Neither finds a paraphrase: rows whose TF-IDF cosine to an item is high go to
+a review list, for a reader to judge.
 
 Measured on GSM8K (tests/integration/test_decontaminate.py): 13-grams find every verbatim copy of a test
 question and none of 1,319 rephrased ones.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,16 @@ def read_eval_set(path: Path, fields: Sequence[str]) -> EvalSet:
     if not items:
         what = f"no row has text in {', '.join(fields)}" if fields else "no row has text"
         raise DataError(f"{path}: {what}\n    name the fields of its questions in `fields`")
-    return EvalSet(_name(path), items)
+    return EvalSet(path.name, items)
+
+
+def named_apart(sets: Sequence[EvalSet]) -> list[EvalSet]:
+    """The sets, with numbers behind names that several have."""
+    names = [each.name for each in sets]
+    return [
+        replace(each, name=f"{each.name} ({index + 1})") if names.count(each.name) > 1 else each
+        for index, each in enumerate(sets)
+    ]
 
 
 def _files(path: Path) -> list[Path]:
@@ -43,11 +53,6 @@ def _files(path: Path) -> list[Path]:
     if not files:
         raise DataError(f"{path}: holds no file to read\n    give files of {', '.join(SUFFIXES)}")
     return files
-
-
-def _name(path: Path) -> str:
-    """Two parts at most: enough to tell sets apart, and the same wherever the data lie."""
-    return "/".join(path.parts[-2:]) if path.is_dir() else path.name
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from data_prep.operations.base import Dropped, Kept, Row
 from data_prep.operations.decontaminate import Decontaminate, EvalSet
 from data_prep.operations.eval_sets import read_eval_set
 from data_prep.records import TextRecord
 from posttrain.errors import DataError
-from tests.integration.test_curate import config, curate, pairs, save, shared
+from posttrain.stage import execute_stage
+from tests.integration.test_curate import config, curate, digests, pairs, save, shared
 
 ITEM = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 NEXT = "red orange yellow green blue indigo violet black white grey brown pink"
@@ -84,6 +87,26 @@ def test_sets_are_files_folders_or_data_sets(tmp_path: Path) -> None:
     assert "Question" in held_out.items[0]
 
 
+def test_sets_of_one_name_are_told_apart_wherever_they_lie(tmp_path: Path) -> None:
+    """Equal data in other folders give equal bytes, the rows' neighbours and the ledger included."""
+    found = []
+    for place in ("here", "there"):
+        folder = tmp_path / place
+        for name, item in (("a", ITEM), ("b", NEXT)):
+            (folder / name).mkdir(parents=True)
+            save(folder / name / "exam.jsonl", [{"q": item}])
+        source = save(folder / "a.jsonl", [{"text": f"{NEXT} w{n} w{n + 1}"} for n in range(60)])
+        against = [str(folder / name / "exam.jsonl") for name in "ab"]
+        decontaminate = {"op": "decontaminate", "against": against, "ngram": 0, "coverage": 0.9}
+        settings = config("text", source, operations=[decontaminate])
+        execute_stage("curate", settings, folder / "out", console=Console(file=io.StringIO()))
+        found.append(digests(folder / "out") | {"review": (folder / "out/review.jsonl").read_text()})
+    assert found[0] == found[1]
+    info = json.loads((folder / "out/dataset.json").read_text())
+    assert info["operations"][0]["settings"]["against"] == {"exam.jsonl (1)": 1, "exam.jsonl (2)": 1}
+    assert json.loads(found[0]["review"].splitlines()[0])["set"] == "exam.jsonl (2)"
+
+
 GSM8K = "gsm8k/grade_school_math/data/{}.jsonl"
 
 
@@ -111,6 +134,14 @@ def test_gsm8k_verbatim_rephrased_and_train(exam: EvalSet) -> None:
         coverage = Decontaminate([exam], ngram=0, review_above=None)
         found[name] = [sum(map(bool, reasons(operation, *texts))) for operation in (ngram, coverage)]
     assert found == {"verbatim": [1319, 1319], "rephrased": [0, 1], "train": [4, 3]}
+
+
+def test_gsm8k_train_with_its_answers() -> None:
+    """Compared with worked solutions too, 11 of the 7,473 share 13 words in a row with a test item."""
+    items = read_eval_set(Path(shared(GSM8K.format("test"))), [])
+    texts = read_eval_set(Path(shared(GSM8K.format("train"))), []).items
+    ngram = Decontaminate([items], coverage_ngram=0, review_above=None)
+    assert sum(map(bool, reasons(ngram, *texts))) == 11
 
 
 def test_gsm8k_tfidf_finds_what_was_rephrased(exam: EvalSet) -> None:
