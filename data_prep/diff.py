@@ -54,7 +54,7 @@ class DatasetDiff:
         return asdict(self)
 
     def print(self, console: Console) -> None:
-        """Tables for a terminal: what is equal is left out."""
+        """For a terminal: counts of rows, and what else is not equal."""
         console.print(f"{self.old} -> {self.new}", markup=False, highlight=False)
         if self.same_content:
             console.print("the same rows on the same sides")
