@@ -36,6 +36,7 @@ class Detection:
 def detect_rows(rows: Sequence[tuple[int, Row]], place: str, kind: Kind | None = None) -> Detection:
     """The format of most of these (line, row) pairs, at equal numbers that of the first.
 
+    Where any of them is a labelled answer it is unpaired_preference.
     Raises DataError: no row fits a format; rows hold several conversations that differ.
     """
     counts: Counter[str] = Counter()
@@ -51,7 +52,8 @@ def detect_rows(rows: Sequence[tuple[int, Row]], place: str, kind: Kind | None =
     known = [(name, count) for name, count in counts.most_common() if name]
     if not known:
         raise DataError(unknown_format(place, *rows[0]))
-    chosen, fits = known[0]
+    # Rows with a label among others: without it, bad answers would become demonstrations.
+    chosen, fits = next((pair for pair in known if pair[0] == "unpaired_preference"), known[0])
     others = {name or "no known format": count for name, count in counts.items() if name != chosen}
     return Detection(chosen, fits, len(rows), others)
 

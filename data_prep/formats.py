@@ -171,7 +171,8 @@ def _hh(row: Row) -> Record:
 
 def _unpaired(row: Row) -> Record:
     """A conversation in any of its formats, whose last turn is the answer, and a label."""
-    name = next((name for name, needed in _CONVERSATIONS if needed <= _given(row)), "prompt_completion")
+    known = (*_CONVERSATIONS, *((name, needed) for name, needed in _OTHERS if name in _ANSWERED))
+    name = next((name for name, needed in known if needed <= _given(row)), "prompt_completion")
     talk = FORMATS[name].parse(row)
     assert isinstance(talk, ConversationRecord)
     label = field(row, *LABELS)
@@ -193,7 +194,7 @@ FORMATS: dict[str, Format] = {
     ),
     "unpaired_preference": Format(
         "unpaired_preference",
-        "label (or kto_tag) true or false, and a conversation in one of the next four formats",
+        "label (or kto_tag) true or false, and a conversation in one of the formats of kind conversation",
         _unpaired,
     ),
     "messages": Format("conversation", "messages [{role, content}, ...]", _messages),
@@ -233,6 +234,7 @@ _OTHERS: tuple[tuple[str, set[str]], ...] = (
 )
 
 
+_ANSWERED = ("question_answer", "self_instruct")
 _ANSWERS = {"output", "response", "completion", "answer"}
 """Fields beside which an instruction is not taken for a prompt without an answer."""
 
@@ -258,7 +260,7 @@ def candidates(row: Row, kind: Kind | None = None) -> list[str]:
         return ["unpaired_preference", *found[1:]] if labelled else found
     for name, needed in _OTHERS:
         if needed <= has and not (name == "instruction" and has & _ANSWERS):
-            return ["unpaired_preference" if labelled and name == "prompt" else name]
+            return ["unpaired_preference" if labelled and name in ("prompt", *_ANSWERED) else name]
     return []
 
 

@@ -142,15 +142,14 @@ def _detected(
     if source.format != "auto":
         yield from pairs
         return
-    first = _beginning(pairs)
-    good = [(line, row) for line, row in first if not isinstance(row, BadRow)]
-    if good:
-        found = detect_rows(good, place, kind)
-        report.format, report.why = found.format, found.why()
-    yield from first
-    if not good:
-        yield from _detected(source, kind, place, pairs, report) if first else ()
-        return
+    while first := _beginning(pairs):
+        good = [(line, row) for line, row in first if not isinstance(row, BadRow)]
+        if good:
+            found = detect_rows(good, place, kind)
+            report.format, report.why = found.format, found.why()
+        yield from first
+        if good:
+            break
     yield from pairs
 
 

@@ -159,17 +159,19 @@ def examine(path: Path, read: ReadConfig | None = None) -> Examined:
 
 def _read(found: Examined, read: ReadConfig) -> None:
     pairs = read_rows(found.path, read, found.facts)
-    first = beginning(pairs)
-    good = [(line, row) for line, row in first if not isinstance(row, BadRow)]
+    first, good = beginning(pairs), []
+    while first and not (good := [(line, row) for line, row in first if not isinstance(row, BadRow)]):
+        for line, row in first:
+            _add_bad(found, line, row)
+        first = beginning(pairs)
     found.suggestion = suggest(good, str(found.path))
     settings = found.suggestion.settings if found.suggestion else {}
     source = SourceConfig.model_validate({"path": str(found.path), **settings})
     for line, row in chain(first, pairs):
-        found.rows += 1
         if isinstance(row, BadRow):
-            found.unread += 1
-            found.reject(line, row.reason, row.detail)
+            _add_bad(found, line, row)
             continue
+        found.rows += 1
         add_row(found.columns, row)
         if found.suggestion is None:
             continue
@@ -184,6 +186,12 @@ def _read(found: Examined, read: ReadConfig) -> None:
             found.ids.add(str(lookup(row, source.id_column)), line)
     if found.suggestion:
         _suggest_meta(found, found.suggestion)
+
+
+def _add_bad(found: Examined, line: int, row: BadRow) -> None:
+    found.rows += 1
+    found.unread += 1
+    found.reject(line, row.reason, row.detail)
 
 
 def beginning(pairs: Iterator[tuple[int, Any]]) -> list[tuple[int, Any]]:

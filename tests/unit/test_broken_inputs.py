@@ -367,6 +367,23 @@ def test_an_unreadable_file_in_a_folder_stops_the_whole(tmp_path: Path) -> None:
         ingest(tmp_path, "text")
 
 
+def test_a_labelled_row_makes_its_file_one_of_labelled_answers(tmp_path: Path) -> None:
+    """Read as a conversation, the bad answer would become a demonstration."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(TALK, TALK, {**TALK, "label": False}))
+    with pytest.raises(
+        DataError, match="holds unpaired_preference rows, which cannot become kind conversation"
+    ):
+        ingest(tmp_path / "a.jsonl", "conversation")
+    rows, records, rejects = ingest(tmp_path / "a.jsonl", "prompt")
+    assert (rows, [line for line, _ in records], len(rejects)) == (3, [3], 2)
+
+
+def test_a_file_that_begins_with_many_bad_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"{\n" * 150_000 + jsonl(TALK))
+    rows, records, rejects = ingest(tmp_path / "a.jsonl", "conversation")
+    assert (rows, [line for line, _ in records], len(rejects)) == (150_001, [150_001], 150_000)
+
+
 def test_most_rows_decide_the_format_and_the_others_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl({"prompt": "Hi"}, TALK, TALK, {"x": 1}))
     source = SourceConfig.model_validate({"path": str(tmp_path / "a.jsonl")})

@@ -121,6 +121,12 @@ def test_findings_name_reason_count_and_place(tmp_path: Path) -> None:
     } | ({} if found.groups.usable() == 0.1 else {"split": {"eval_fraction": found.groups.usable()}})
 
 
+def test_many_bad_rows_come_first(tmp_path: Path) -> None:
+    found = examine(save(tmp_path / "a.jsonl", ["{\n"] * 1500 + [{"text": "one"}]))
+    assert (found.rows, found.good, found.rejects) == (1501, 1, {"malformed_json": 1500})
+    assert found.suggestion is not None and found.suggestion.settings == {"format": "text"}
+
+
 def test_labels_ids_roles_and_lost_bytes(tmp_path: Path) -> None:
     rows = [{"messages": [USER, {**ANSWER, "content": f"{n}"}], "label": n > 0} for n in range(20)]
     text = said(examine(save(tmp_path / "a.jsonl", rows)))

@@ -78,6 +78,12 @@ GOOD: list[tuple[str, dict[str, Any], Any]] = [
         },
         GOOD_ANSWER,
     ),
+    ("unpaired_preference", {"question": "Hi", "answer": "Hello", "label": False}, BAD_ANSWER),
+    (
+        "unpaired_preference",
+        {"instruction": "Hi", "instances": [{"input": "", "output": "Hello"}], "label": True},
+        GOOD_ANSWER,
+    ),
     ("text", {"text": "Once."}, TextRecord("Once.")),
     ("text", {"text": "Once.", "label": True}, TextRecord("Once.")),
     ("prompt", {"prompt": "Hi"}, PromptRecord([Message("user", "Hi")])),
