@@ -167,6 +167,12 @@ def card_markdown(info: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _repeated(info: dict[str, Any]) -> str:
+    """How many rows mixing added, so that in + repeated = out + dropped; nothing where none."""
+    count = info.get("rows_repeated")
+    return f" {count:,} repeated," if count else ""
+
+
 _SEARCHES = {
     "near_duplicates": "near-duplicates",
     "pii": "personal data",
@@ -235,8 +241,9 @@ def report_html(info: dict[str, Any], rows: Rows, dropped: Sequence[Reject]) -> 
     )
     sides = _table(("side", "rows", "groups"), [(s, kept[s], info["split"]["groups"][s]) for s in SPLITS])
     drops = _drops(info["rows_in"], dropped) + report_section(info)
+    gone = sum(info["drops"].values())
     body = f"""<h1>Data set: {html.escape(kind)}</h1>
-<p>{info["rows_in"]:,} rows in, {sum(kept.values()):,} out, {sum(info["drops"].values()):,} dropped.
+<p>{info["rows_in"]:,} rows in,{_repeated(info)} {sum(kept.values()):,} out, {gone:,} dropped.
 {html.escape(_MEANING[kind].capitalize())}.<br>
 Content hash <code>{html.escape(info["content_hash"])}</code></p>
 {sides}

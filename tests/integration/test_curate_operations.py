@@ -216,6 +216,9 @@ def test_a_mix_is_exact_and_said_with_its_licences(tmp_path: Path) -> None:
     facts = info["operations"][0]["facts"]["sources"]
     assert {name: at["rows"] for name, at in facts.items()} == {"first": 60, "b.jsonl": 60}
     assert info["rows_repeated"] == 30
+    out, gone = sum(info["rows_out"].values()), sum(info["drops"].values())
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"110 rows in, 30 repeated, {out} out, {gone} dropped" in page
     rows = rows_of(tmp_path / "out")
     for split, held in rows.items():
         counts = {name: at["rows"] for name, at in info["mixture"][split].items()}

@@ -19,7 +19,6 @@ from posttrain.errors import UserError
 SHARED = Path(os.environ.get("POSTTRAIN_SHARED_DATA", Path(__file__).parents[2] / "../shared/data"))
 PRESIDIO = SHARED / "presidio_research"
 GSM8K = SHARED / "gsm8k" / "grade_school_math" / "data" / "train.jsonl"
-HH = SHARED / "hh_rlhf" / "harmless-base"
 NO_DATA = "not here: set POSTTRAIN_SHARED_DATA to the folder of shared test data"
 RANDOM = "Zq3vX8bN1mK7pL2sD5fG9hJ4kT6wY0uR" * 8
 KEY_BLOCK = "PRIVATE KEY-----"
@@ -234,7 +233,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_a_hostile_text_is_read_to_its_end(unit):
-    """100,000 characters: with any quadratic pattern these took hours."""
+    """100,000 characters: with a quadratic pattern these would take minutes."""
     size = 100_000
     text = (unit * (size // len(unit) + 1))[:size] + " the end: ann@shop.example"
     assert find(text)[-1].end == len(text)
