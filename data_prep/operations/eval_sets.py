@@ -27,7 +27,7 @@ def read_eval_set(path: Path, fields: Sequence[str]) -> EvalSet:
                 )
             given = [row[name] for name in fields if name in row] if fields else [row]
             text = "\n".join(text for value in given for text in _texts(value) if text.strip())
-            if text:
+            if any(map(str.isalnum, text)):
                 items.append(text)
     if not items:
         what = f"no row has text in {', '.join(fields)}" if fields else "no row has text"

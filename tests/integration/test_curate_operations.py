@@ -15,6 +15,9 @@ from rich.console import Console
 
 from data_prep.config import CurateConfig
 from data_prep.dataset import DATASET_FILES, SPLITS, read_split
+from data_prep.operations.base import Row
+from data_prep.operations.length import Length
+from data_prep.records import Message, PreferenceRecord, PromptRecord, TextRecord
 from data_prep.shingles import shingle
 from posttrain.errors import UserError
 from posttrain.stage import execute_stage
@@ -201,6 +204,27 @@ def test_lengths_are_tokens_of_the_rendered_template(tmp_path: Path, tiny_model_
     assert info["drops"] == {"too_many_tokens": sum(length > bound for length in lengths)}
     kept = [row for rows in rows_of(tmp_path / "out").values() for row in rows]
     assert sorted(json.loads(row["meta"])["tags"]["tokens"] for row in kept) == sorted(lengths)[:31]
+
+
+def test_a_preference_counts_as_its_longer_side_and_a_prompt_with_its_header(tiny_model_dir: Path) -> None:
+    from posttrain.models import load_chat_tokenizer
+
+    ask = [Message("user", "where is my order")]
+    short, long = ([Message("assistant", "it ships" + " today" * n)] for n in (1, 9))
+    records = [PreferenceRecord(ask, short, long), PreferenceRecord(ask, long, short)]
+    operation = Length(tiny_model_dir)
+    tokenizer = load_chat_tokenizer(tiny_model_dir)
+
+    def tokens(turns: list[Message], **options: bool) -> int:
+        plain = [{"role": turn.role, "content": turn.content} for turn in turns]
+        return len(tokenizer.apply_chat_template(plain, tokenize=True, **options)["input_ids"])
+
+    assert operation.count([Row(record, "f", 1) for record in records]) == [tokens(ask + long)] * 2
+    assert tokens(ask + long) > tokens(ask + short)
+    (prompt,) = operation.count([Row(PromptRecord(ask), "f", 1)])
+    assert prompt == tokens(ask, add_generation_prompt=True) > tokens(ask)
+    (text,) = operation.count([Row(TextRecord("where is my order"), "f", 1)])
+    assert text == len(tokenizer("where is my order")["input_ids"])
 
 
 def test_a_mix_is_exact_and_said_with_its_licences(tmp_path: Path) -> None:

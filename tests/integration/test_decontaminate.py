@@ -78,6 +78,8 @@ def test_sets_are_files_folders_or_data_sets(tmp_path: Path) -> None:
     assert read_eval_set(Path(file), ["q"]) == EvalSet("exam.jsonl", ["Why?", "How?"])
     with pytest.raises(DataError, match="no row has text in question"):
         read_eval_set(Path(file), ["question"])
+    with pytest.raises(DataError, match="no row has text"):
+        read_eval_set(Path(save(tmp_path / "marks.jsonl", [{"q": "..."}, {"q": 3}])), [])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no file to read"):
         read_eval_set(tmp_path / "empty", [])
