@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_prep.dataset import SPLITS, Split
+from data_prep.operations.report import card_lines, report_section
 from data_prep.records import Kind, excerpt
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def card_markdown(info: dict[str, Any]) -> str:
         "lands on the same side in every data set with this salt and fraction.",
         "",
         *_shortened(info),
+        *card_lines(info),
         "## Lengths in characters",
         "",
         "| part | min | median | 95 % | max |",
@@ -152,10 +154,7 @@ def card_markdown(info: dict[str, Any]) -> str:
         "",
         "## What was not done",
         "",
-        "Only exact duplicates were looked for"
-        + ("" if info["dedup"] else " (switched off here)")
-        + ". There was no "
-        "search for near-duplicates, personal data, toxic text, licences or overlap with evaluation sets.",
+        _not_done(info),
         "",
         "## Reading it",
         "",
@@ -166,6 +165,36 @@ def card_markdown(info: dict[str, Any]) -> str:
         "```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _repeated(info: dict[str, Any]) -> str:
+    """How many rows mixing added, so that in + repeated = out + dropped; nothing where none."""
+    count = info.get("rows_repeated")
+    return f" {count:,} repeated," if count else ""
+
+
+_SEARCHES = {
+    "near_duplicates": "near-duplicates",
+    "pii": "personal data",
+    "toxicity": "toxic text",
+    "decontaminate": "overlap with evaluation sets",
+}
+
+
+def _not_done(info: dict[str, Any]) -> str:
+    if "operations" not in info:
+        off = "" if info["dedup"] else " (switched off here)"
+        return (
+            f"Only exact duplicates were looked for{off}. There was no search for near-duplicates, personal "
+            "data, toxic text, licences or overlap with evaluation sets."
+        )
+    done = {operation["op"] for operation in info["operations"]}
+    missing = [what for name, what in _SEARCHES.items() if name not in done]
+    searched = f"There was no search for {', '.join(missing)}. " if missing else ""
+    return (
+        f"{searched}What the operations that ran cannot find is in docs/curation.md: paraphrases of "
+        "evaluation items, names and addresses of people, near-duplicates in other words."
+    )
 
 
 def _shortened(info: dict[str, Any]) -> list[str]:
@@ -211,9 +240,10 @@ def report_html(info: dict[str, Any], rows: Rows, dropped: Sequence[Reject]) -> 
         [(at["name"], at["format"], at["rows"], at["sha256"][:16], _details(at)) for at in info["sources"]],
     )
     sides = _table(("side", "rows", "groups"), [(s, kept[s], info["split"]["groups"][s]) for s in SPLITS])
-    drops = _drops(info["rows_in"], dropped)
+    drops = _drops(info["rows_in"], dropped) + report_section(info)
+    gone = sum(info["drops"].values())
     body = f"""<h1>Data set: {html.escape(kind)}</h1>
-<p>{info["rows_in"]:,} rows in, {sum(kept.values()):,} out, {sum(info["drops"].values()):,} dropped.
+<p>{info["rows_in"]:,} rows in,{_repeated(info)} {sum(kept.values()):,} out, {gone:,} dropped.
 {html.escape(_MEANING[kind].capitalize())}.<br>
 Content hash <code>{html.escape(info["content_hash"])}</code></p>
 {sides}

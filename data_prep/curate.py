@@ -1,8 +1,8 @@
-"""The curate stage: sources -> typed records -> filters -> exact dedup -> split -> dataset directory.
+"""The curate stage: sources -> typed records -> filters -> exact dedup -> operations -> split -> directory.
 
-Nothing is dropped without a reason: rows_in = rows_out + drops, and rejects.jsonl holds every dropped row
-with its file and line. Nothing is written before all sources were read and the split has both sides. The
-same configuration and files give the same bytes.
+Nothing is dropped without a reason: rows_in = rows_out + drops (docs/curation.md), and rejects.jsonl holds
+every dropped row with its file and line. Nothing is written before all sources were read and the split has
+both sides. The same configuration and files give the same bytes.
 
     posttrain run configs/tiny/pipeline.yaml --only demos
 """
@@ -20,32 +20,46 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.card import card_markdown, length_summary, report_html
 from data_prep.config import CurateConfig
+from data_prep.curate_checks import check_rows, check_split
 from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_hash, to_row, write_split
 from data_prep.dedup import SeenContent, content_key
 from data_prep.files import display_names, expand
-from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator
+from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator, read_hub
+from data_prep.operations.base import Row
+from data_prep.operations.build import Surroundings, build
+from data_prep.operations.build import problems as operation_problems
+from data_prep.operations.engine import Ran, Step
+from data_prep.operations.stage import clean_rejects, conserved, operate, operations_info
 from data_prep.projections import from_last_user_turns
 from data_prep.records import Record, excerpt
 from data_prep.split import default_group, side
-from posttrain.errors import DataError, Problem
+from posttrain.errors import Problem
 from posttrain.rundir import STAGING_PREFIX
 
 if TYPE_CHECKING:
     from posttrain.stage import StageContext
 
-FILTERED = ("duplicate", "too_short", "too_long")
-"""Drops that the configuration asked for. Every other reason is a row that could not be used: a reject."""
+REVIEW_FILE = "review.jsonl"
+"""Rows that an operation lists for a reader, when there are any."""
 
 
 @dataclass
 class Curated:
-    """Everything that is written: rows by side, what was dropped and why, and the sources' reports."""
+    """Everything that is written: rows by side, what was dropped and why, and the sources' reports.
+
+    pending: rows that wait for the operations, which begin once all were read. mixture: by side and source,
+    rows and shares.
+    """
 
     sources: list[SourceReport] = field(default_factory=list)
     rows: dict[Split, list[dict[str, Any]]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     dropped: list[Reject] = field(default_factory=list)
     seen: SeenContent = field(default_factory=SeenContent)
     ids: Counter[str] = field(default_factory=Counter)
+    pending: list[Row] = field(default_factory=list)
+    operated: Ran | None = None
+    operation_drops: list[Reject] = field(default_factory=list)
+    mixture: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def rows_in(self) -> int:
@@ -53,7 +67,8 @@ class Curated:
 
     @property
     def drops(self) -> dict[str, int]:
-        return dict(sorted(Counter(drop.reason for drop in self.dropped).items()))
+        counts = Counter(drop.reason for drop in (*self.dropped, *self.operation_drops))
+        return dict(sorted(counts.items()))
 
 
 def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
@@ -64,9 +79,15 @@ def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
     left, an empty side of the split.
     """
     curated = Curated()
+    steps = build(config.operations, Surroundings(context.path, config.split.by == "cluster"))
     with context.phase("read"):
-        for file, line, record in read_sources(config, context, curated):
-            add(config, curated, file, line, record)
+        for file, line, record, source in read_sources(config, context, curated):
+            add(config, curated, file, line, record, source)
+    if config.operates:
+        curated.dropped = clean_rejects(curated.dropped, steps)
+        check_rows(config, curated)
+        with context.phase("operations"):
+            _operate(config, context, curated, steps)
     check_rows(config, curated)
     check_split(config, curated)
     info = describe(config, curated)
@@ -86,9 +107,20 @@ def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
     }
 
 
+def _operate(config: CurateConfig, context: StageContext, curated: Curated, steps: list[Step]) -> None:
+    with context.progress("operations", len(curated.pending) * len(steps)) as progress:
+
+        def tick(step: Step, rows: int) -> None:
+            progress.update(step.name)
+            progress.advance(rows)
+
+        operate(config, curated, steps, lambda wanted: unique_id(curated.ids, wanted), tick)
+    assert conserved(curated.rows_in, curated)
+
+
 def check(config: CurateConfig, where: str) -> list[Problem]:
-    """Problems of the generators' options, found without making a record."""
-    problems = []
+    """Problems of the generators' options and of the operations, found without making a record."""
+    problems = operation_problems(config.operations, where)
     for index, source in enumerate(config.sources):
         message = generator_problem(source, config.kind) if source.generator else None
         if message:
@@ -100,20 +132,26 @@ def check(config: CurateConfig, where: str) -> list[Problem]:
 
 def read_sources(
     config: CurateConfig, context: StageContext, curated: Curated
-) -> Iterator[tuple[str, int, Record | Reject]]:
-    """(file, line, record or reject) of every source in order; says what was read and in which format."""
+) -> Iterator[tuple[str, int, Record | Reject, str]]:
+    """(file, line, record or reject, name of the source) of every source in order; says what was read and in
+    which format.
+    """
     files = [expand(source.path) if source.path else [] for source in config.sources]
     names = display_names([path for paths in files for path in paths])
-    for source, paths in zip(config.sources, files, strict=True):
+    for index, (source, paths) in enumerate(zip(config.sources, files, strict=True)):
         if source.generator:
             report, pairs = read_generator(source, config.kind, config.seed)
-            yield from _consume(context, curated, report, pairs, source.rows)
+            yield from _consume(context, curated, report, pairs, source.rows, source.label)
+        if source.hub:
+            found = context.inputs.get(f"sources.{index}.hub")
+            report, pairs = read_hub(source, config.kind, found.path if found else None)
+            yield from _consume(context, curated, report, pairs, source.rows, source.label)
         left = source.rows
         for path in paths:
             if left == 0:
                 break
             report, pairs = read_file(source, config.kind, path, names[path], left)
-            yield from _consume(context, curated, report, pairs, None)
+            yield from _consume(context, curated, report, pairs, None, source.label)
             left = None if left is None else left - report.rows
 
 
@@ -123,21 +161,32 @@ def _consume(
     report: SourceReport,
     pairs: Iterator[tuple[int, Record | Reject]],
     total: int | None,
-) -> Iterator[tuple[str, int, Record | Reject]]:
+    source: str,
+) -> Iterator[tuple[str, int, Record | Reject, str]]:
     curated.sources.append(report)
     with context.progress(f"reading {report.name}", total) as progress:
         for line, record in pairs:
             progress.advance()
-            yield report.name, line, record
-    _say(context, f"{report.name}: {report.rows:,} rows, format {report.format}")
+            yield report.name, line, record, source
+    _say(context, f"{report.name}: {report.rows:,} rows, format {report.why or report.format}")
 
 
 def _say(context: StageContext, line: str) -> None:
     context.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def add(config: CurateConfig, curated: Curated, file: str, line: int, record: Record | Reject) -> None:
-    """Put one record through the filters, the dedup and the split, or note why it is dropped."""
+def add(
+    config: CurateConfig,
+    curated: Curated,
+    file: str,
+    line: int,
+    record: Record | Reject,
+    source: str = "",
+) -> None:
+    """Put one record through the filters, the dedup and the split, or note why it is dropped.
+
+    With operations the record waits for them in `curated.pending`. source: its name in the configuration.
+    """
     if isinstance(record, Reject):
         curated.dropped.append(record)
         return
@@ -153,7 +202,11 @@ def add(config: CurateConfig, curated: Curated, file: str, line: int, record: Re
         return
     if config.split.by == "record":
         group = key[:16]
-    row = to_row(replace(record, id=_unique_id(curated.ids, record.id or key[:16]), group=group))
+    record = replace(record, id=unique_id(curated.ids, record.id or key[:16]), group=group)
+    if config.operates:
+        curated.pending.append(Row(record, file, line, source))
+        return
+    row = to_row(record)
     curated.rows[side(group, config.split.salt, config.split.eval_fraction)].append(row)
 
 
@@ -171,63 +224,14 @@ def _filtered(
     return None if first is None else ("duplicate", f"same content as {first}")
 
 
-def _unique_id(ids: Counter[str], wanted: str) -> str:
+def unique_id(ids: Counter[str], wanted: str) -> str:
+    """`wanted`, or with a number where that id is taken; the id is then taken."""
     name = wanted
     while ids[name]:
         ids[wanted] += 1
         name = f"{wanted}-{ids[wanted]}"
     ids[name] += 1
     return name
-
-
-def check_rows(config: CurateConfig, curated: Curated) -> None:
-    """Raises DataError when there are no rows, too many unusable ones, or none left."""
-    total, names = curated.rows_in, ", ".join(source.name for source in curated.sources)
-    if total == 0:
-        raise DataError(f"{names}: no rows\n    give files that hold rows")
-    rejects = [drop for drop in curated.dropped if drop.reason not in FILTERED]
-    if len(rejects) > config.max_reject_fraction * total:
-        raise DataError(_too_many_rejects(config, rejects, total))
-    if not any(curated.rows.values()):
-        drops = ", ".join(f"{reason} {count:,}" for reason, count in curated.drops.items())
-        raise DataError(
-            f"{names}: none of the {total:,} rows is left ({drops})\n"
-            "    relax `filters`, or give other sources"
-        )
-
-
-def _too_many_rejects(config: CurateConfig, rejects: list[Reject], total: int) -> str:
-    counts = Counter(reject.reason for reject in rejects)
-    first = {reason: next(reject for reject in rejects if reject.reason == reason) for reason in counts}
-    lines = [
-        f"{len(rejects):,} of {total:,} rows cannot be used, "
-        f"more than max_reject_fraction {config.max_reject_fraction} allows"
-    ]
-    for reason, count in counts.most_common(8):
-        at = first[reason]
-        lines.append(f"    {reason} ({count:,}), first at {at.file}:{at.line}: {at.detail}")
-    lines.append(f"    row: {first[counts.most_common(1)[0][0]].excerpt}")
-    lines.append("    correct the rows, or raise max_reject_fraction to drop and count them")
-    return "\n".join(lines)
-
-
-def check_split(config: CurateConfig, curated: Curated) -> None:
-    """Raises DataError when all rows landed on one side."""
-    for split in SPLITS:
-        if curated.rows[split]:
-            continue
-        rows = [row for others in curated.rows.values() for row in others]
-        groups = len({row["group"] for row in rows})
-        remedy = (
-            "a split by group needs several groups: give more varied rows, or set split.by: record"
-            if groups < 2
-            else f"{'raise' if split == 'eval' else 'lower'} split.eval_fraction, "
-            "change split.salt, or give more rows"
-        )
-        raise DataError(
-            f"split.eval_fraction {config.split.eval_fraction} leaves the {split} side empty: "
-            f"all {len(rows):,} rows ({groups:,} groups) fall on the other\n    {remedy}"
-        )
 
 
 def describe(config: CurateConfig, curated: Curated) -> dict[str, Any]:
@@ -250,6 +254,7 @@ def describe(config: CurateConfig, curated: Curated) -> dict[str, Any]:
         "split": {"by": split.by, "salt": split.salt, "eval_fraction": split.eval_fraction, "groups": groups},
         "columns": columns(config.kind),
         "lengths": length_summary(config.kind, curated.rows),
+        **operations_info(config, curated),
         "content_hash": content_hash(curated.rows),
     }
 
@@ -260,14 +265,18 @@ def write_directory(directory: Path, info: dict[str, Any], curated: Curated) -> 
         staging = Path(name)
         for split in SPLITS:
             write_split(staging / f"{split}.parquet", info["kind"], curated.rows[split])
-        rejects = (json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in curated.dropped)
+        dropped = [*curated.dropped, *curated.operation_drops]
+        rejects = (json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in dropped)
         texts = {
             "rejects.jsonl": "".join(rejects),
             "card.md": card_markdown(info),
-            "report.html": report_html(info, curated.rows, curated.dropped),
+            "report.html": report_html(info, curated.rows, dropped),
             "dataset.json": json.dumps(info, indent=2, ensure_ascii=False) + "\n",
         }
+        if curated.operated is not None and curated.operated.review:
+            lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in curated.operated.review)
+            texts = {REVIEW_FILE: "".join(lines), **texts}
         for file, text in texts.items():
             (staging / file).write_text(text, encoding="utf-8")
-        for file in DATASET_FILES:
+        for file in (*(name for name in texts if name == REVIEW_FILE), *DATASET_FILES):
             os.replace(staging / file, directory / file)

@@ -1,61 +1,111 @@
 """Files on disk: finding them, naming them, and reading their rows one at a time.
 
-What is wrong with one row is yielded as a `BadRow`; what is wrong with a whole file is a `DataError`.
+What is wrong with one row is yielded as a `BadRow`, and so is the point where a file breaks off; what is
+wrong with a whole file is a `DataError`.
 """
 
 from __future__ import annotations
 
 import difflib
-import glob
-import gzip
+import errno
 import hashlib
-import json
 import os
-import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from data_prep.records import excerpt
+from data_prep.config import ReadConfig
+from data_prep.json_rows import json_rows, jsonl_rows
+from data_prep.streams import BadRow, Damage, FileFacts, utf8_chunks
+from data_prep.table_rows import csv_rows, parquet_rows, text_rows
 from posttrain.errors import DataError
+from posttrain.patterns import is_pattern, matching_files, walk
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
-_GLOB_CHARACTERS = "*?["
+__all__ = [
+    "SUFFIXES",
+    "BadRow",
+    "FileFacts",
+    "display_names",
+    "expand",
+    "read_rows",
+    "sha256_file",
+    "unpacked_suffix",
+]
 
-
-@dataclass(frozen=True)
-class BadRow:
-    """A row that is not a JSON object. raw: the text as found."""
-
-    reason: str
-    detail: str
-    raw: str
+_PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+SUFFIXES = (*_PLAIN, *(f"{suffix}{packed}" for packed in (".gz", ".zst") for suffix in _PLAIN), ".parquet")
+_NO_DATA = ("license", "licence", "readme", "notice", "copying", "data_license", "requirements")
+_OWN_FILES = ("train.parquet", "eval.parquet")
 
 
 def expand(pattern: str) -> list[Path]:
-    """Files that a path or glob names, sorted. Raises DataError: nothing there, a folder, unknown suffix."""
+    """Files that a path, folder or glob names, sorted.
+
+    Of a folder, those with a known suffix that are no licence or readme; of a dataset directory, its splits.
+    Raises DataError: nothing there, not a regular file, unknown suffix, a folder that cannot be listed.
+    """
     path = Path(pattern).expanduser()
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        raise DataError(
-            f"{pattern}: is a folder\n    name its files, for example {pattern.rstrip('/')}/*.jsonl"
-        )
-    elif any(character in pattern for character in _GLOB_CHARACTERS):
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
-        if not files:
-            raise DataError(
-                f"{pattern}: no file matches this pattern (searched from {Path.cwd()})\n    {_nearest(path)}"
-            )
-    else:
-        raise DataError(f"{pattern}: no such file (searched from {Path.cwd()})\n    {_nearest(path)}")
+    try:
+        if path.is_file():
+            files = [path]
+        elif path.is_dir():
+            return _in_folder(path, pattern)
+        elif is_pattern(pattern):
+            files = matching_files(str(path))
+            if not files:
+                raise DataError(
+                    f"{pattern}: no file matches this pattern (searched from {Path.cwd()})\n"
+                    f"    {_nearest(path)}"
+                )
+        else:
+            raise DataError(_absent(pattern, path))
+    except OSError as error:
+        raise unreadable(path, error) from error
     for file in files:
         if not file.name.lower().endswith(SUFFIXES):
             raise DataError(
                 f"{file}: cannot read this file type\n    convert it to one of {', '.join(SUFFIXES)}"
             )
     return files
+
+
+def _in_folder(path: Path, pattern: str) -> list[Path]:
+    names = {entry.name for entry in path.iterdir()}
+    if "dataset.json" in names and set(_OWN_FILES) <= names:
+        return [path / name for name in _OWN_FILES]
+    files = [file for file in walk(path) if file.name.lower().endswith(SUFFIXES) and not _is_about(file)]
+    if not files:
+        shown = ", ".join(sorted(names)[:6]) or "nothing"
+        raise DataError(
+            f"{pattern}: is a folder without data files (it holds {shown})\n"
+            f"    name a folder or files of {', '.join((*_PLAIN, '.parquet'))}"
+        )
+    return files
+
+
+def _is_about(file: Path) -> bool:
+    return file.name.lower().split(".")[0] in _NO_DATA
+
+
+def _absent(pattern: str, path: Path) -> str:
+    if path.is_symlink():
+        try:
+            path.stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return f"{pattern}: is a link that leads to itself\n    name the file it was meant to lead to"
+        return f"{pattern}: is a link to {os.readlink(path)}, which is not there\n    mend the link"
+    if path.exists():
+        return f"{pattern}: is neither a regular file nor a folder\n    write its contents to a file"
+    return f"{pattern}: no such file (searched from {Path.cwd()})\n    {_nearest(path)}"
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a file or folder that the system does not give."""
+    return DataError(
+        f"{error.filename or path}: cannot be read ({error.strerror or error})\n"
+        "    check the file and its rights"
+    )
 
 
 def _nearest(path: Path) -> str:
@@ -72,91 +122,51 @@ def _nearest(path: Path) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 hex of the bytes of `path`."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """(line, row) pairs of one file. Raises DataError when the file as a whole cannot be read."""
+    """sha256 hex of the bytes of `path`. Raises DataError when it cannot be read."""
     try:
-        yield from _read_parquet(path) if path.name.lower().endswith(".parquet") else _read_json(path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: damaged or truncated gzip file ({error})\n    fetch or compress it again"
-        ) from error
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error})\n    check the file and its rights"
-        ) from error
+        raise unreadable(path, error) from error
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+def unpacked_suffix(path: Path) -> str:
+    """The suffix that says what the file holds, without .gz or .zst: ".jsonl"."""
     name = path.name.lower()
-    stream: BinaryIO
-    with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as stream:  # type: ignore[assignment]
-        if name.removesuffix(".gz").endswith(".jsonl"):
-            for line, raw in enumerate(stream, start=1):
-                if raw.strip():
-                    yield line, _parse_line(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw)
-            return
-        for item, row in enumerate(_parse_document(path, stream.read()), start=1):
-            yield item, row if isinstance(row, dict) else _not_an_object(row)
+    for packed in (".gz", ".zst"):
+        name = name.removesuffix(packed)
+    return Path(name).suffix
 
 
-def _parse_line(raw: bytes) -> dict[str, Any] | BadRow:
+def read_rows(
+    path: Path, read: ReadConfig | None = None, facts: FileFacts | None = None
+) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """(line, row) pairs of one file, in memory that does not grow with it; `facts` is filled in passing.
+
+    Items of a .json list count from 1 as lines do. Raises DataError when the file as a whole cannot be read.
+    """
+    read, facts = read or ReadConfig(), facts or FileFacts()
     try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRow(
-            "invalid_utf8", f"byte {error.start} is not UTF-8", raw.decode("utf-8", "backslashreplace")
-        )
-    except RecursionError:
-        return BadRow("malformed_json", "nested too deeply", raw.decode("utf-8"))
-    except ValueError as error:
-        return BadRow("malformed_json", str(error), raw.decode("utf-8"))
-    return row if isinstance(row, dict) else _not_an_object(row)
+        yield from _rows(path, read, facts)
+    except Damage as damage:
+        # Before the first byte; what comes later is a row of its reader's.
+        yield 1, damage.row()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
-def _not_an_object(row: Any) -> BadRow:
-    return BadRow("not_an_object", f"a row must be a JSON object, got {type(row).__name__}", excerpt(row))
-
-
-def _parse_document(path: Path, raw: bytes) -> list[Any]:
-    if not raw.strip():
-        return []
-    try:
-        document = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8\n    convert the file to UTF-8") from error
-    except RecursionError as error:
-        raise DataError(
-            f"{path}: nested too deeply to be a data set\n    give a list of flat objects"
-        ) from error
-    except json.JSONDecodeError as error:
-        remedy = "give one list of objects; if it has one object per line, rename it to .jsonl"
-        raise DataError(f"{path}:{error.lineno}: malformed JSON ({error.msg})\n    {remedy}") from error
-    if not isinstance(document, list):
-        raise DataError(
-            f"{path}: holds one {type(document).__name__}, not a list\n    give a list of objects"
-        )
-    return document
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        line = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                line += 1
-                yield line, row
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{path}: not a readable parquet file ({error})\n    write or fetch it again"
-        ) from error
+def _rows(path: Path, read: ReadConfig, facts: FileFacts) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    suffix = unpacked_suffix(path)
+    if suffix == ".parquet":
+        return parquet_rows(path, read, facts)
+    chunks = utf8_chunks(path, read, facts)
+    if suffix in (".jsonl", ".ndjson"):
+        return jsonl_rows(chunks, read.max_row_bytes, facts)
+    if suffix == ".json":
+        return json_rows(path, chunks, read.max_row_bytes, facts)
+    if suffix in (".csv", ".tsv"):
+        return csv_rows(path, chunks, read, facts)
+    return text_rows(chunks, read, facts)
 
 
 def display_names(paths: list[Path]) -> dict[Path, str]:

@@ -89,6 +89,36 @@ def _alpaca(row: Row) -> Record:
     return ConversationRecord(tuple(turns), meta=_meta(row))
 
 
+def _self_instruct(row: Row) -> Record:
+    """A seed task of Self-Instruct; of several instances the first."""
+    instances = field(row, "instances")
+    if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):
+        raise InvalidRecord("wrong_type", f"instances must be a list of objects: {excerpt(instances)}")
+    first = instances[0]
+    return _alpaca({**row, "input": first.get("input"), "output": first.get("output")})
+
+
+def _question_answer(row: Row) -> Record:
+    return _prompt_completion({**row, "prompt": field(row, "question"), "completion": field(row, "answer")})
+
+
+def _instruction(row: Row) -> Record:
+    """Alpaca's instruction and input, without an answer."""
+    request, extra = field(row, "instruction"), row.get("input")
+    if extra and isinstance(request, str) and isinstance(extra, str):
+        request = f"{request}\n\n{extra}"
+    return PromptRecord(_prompt_turns(row, request, "instruction"), meta=_meta(row))
+
+
+def _questions(row: Row) -> Record:
+    """The first of the user's turns; those after it wait for answers that are not there, and stay in meta."""
+    turns = field(row, "turns")
+    if not isinstance(turns, list) or not turns:
+        raise InvalidRecord("wrong_type", f"turns must be a list of the user's questions: {excerpt(turns)}")
+    kept = json.dumps({**json.loads(_meta(row)), "turns": turns}, ensure_ascii=False, sort_keys=True)
+    return PromptRecord(_prompt_turns(row, turns[0], "turns"), meta=kept)
+
+
 def _side(value: Any, name: str) -> tuple[Message, ...]:
     if isinstance(value, str):
         return (Message("assistant", value),)
@@ -97,7 +127,7 @@ def _side(value: Any, name: str) -> tuple[Message, ...]:
 
 def _preference(row: Row) -> Record:
     """Explicit prompt (prompt, conversations, messages), or chosen and rejected lists that begin with it."""
-    sides = {name: _side(field(row, name), name) for name in ("chosen", "rejected")}
+    sides = {name: _side(field(row, name, f"{name}_messages"), name) for name in ("chosen", "rejected")}
     given = next(
         (row[name] for name in ("prompt", "conversations", "messages") if row.get(name) is not None), None
     )
@@ -141,7 +171,8 @@ def _hh(row: Row) -> Record:
 
 def _unpaired(row: Row) -> Record:
     """A conversation in any of its formats, whose last turn is the answer, and a label."""
-    name = next((name for name, needed in _CONVERSATIONS if needed <= _given(row)), "prompt_completion")
+    known = (*_CONVERSATIONS, *((name, needed) for name, needed in _OTHERS if name in _ANSWERED))
+    name = next((name for name, needed in known if needed <= _given(row)), "prompt_completion")
     talk = FORMATS[name].parse(row)
     assert isinstance(talk, ConversationRecord)
     label = field(row, *LABELS)
@@ -163,7 +194,7 @@ FORMATS: dict[str, Format] = {
     ),
     "unpaired_preference": Format(
         "unpaired_preference",
-        "label (or kto_tag) true or false, and a conversation in one of the next four formats",
+        "label (or kto_tag) true or false, and a conversation in one of the formats of kind conversation",
         _unpaired,
     ),
     "messages": Format("conversation", "messages [{role, content}, ...]", _messages),
@@ -172,6 +203,10 @@ FORMATS: dict[str, Format] = {
     "prompt_completion": Format("conversation", "prompt and completion (or response)", _prompt_completion),
     "prompt": Format("prompt", "prompt, a string or turns ending with the user's", _prompt),
     "text": Format("text", "text", _text),
+    "question_answer": Format("conversation", "question and answer", _question_answer),
+    "self_instruct": Format("conversation", "instruction and instances [{input, output}]", _self_instruct),
+    "instruction": Format("prompt", "instruction and optionally input, without output", _instruction),
+    "turns": Format("prompt", "turns, a list of the user's questions", _questions),
 }
 
 
@@ -189,20 +224,46 @@ def _given(row: Row) -> set[str]:
     return {name for name, value in row.items() if value is not None}
 
 
-def detect(row: Row, kind: Kind | None = None) -> str | None:
-    """The format a row is in, judged by its fields alone; None when it fits none.
+_OTHERS: tuple[tuple[str, set[str]], ...] = (
+    ("prompt", {"prompt"}),
+    ("text", {"text"}),
+    ("question_answer", {"question", "answer"}),
+    ("self_instruct", {"instruction", "instances"}),
+    ("turns", {"turns"}),
+    ("instruction", {"instruction"}),
+)
 
-    An answer beside a label true or false is an unpaired preference: read as a conversation, bad answers
-    would become demonstrations. kind: where unpaired preferences are asked for, conversations are read as
-    such, so that a label that is missing or no boolean is named.
+
+_ANSWERED = ("question_answer", "self_instruct")
+_ANSWERS = {"output", "response", "completion", "answer"}
+"""Fields beside which an instruction is not taken for a prompt without an answer."""
+
+
+def candidates(row: Row, kind: Kind | None = None) -> list[str]:
+    """The formats that a row may be in, judged by its fields alone; the first is what is chosen.
+
+    Several only where the row holds several conversations, as `messages` beside `conversations`. An answer
+    beside a label true or false is an unpaired preference: read as a conversation, bad answers would become
+    demonstrations. kind: where unpaired preferences are asked for, conversations are read as such, so that a
+    label that is missing or no boolean is named.
     """
     has = _given(row)
     if {"chosen", "rejected"} <= has:
         sides = (row["chosen"], row["rejected"])
         transcripts = all(isinstance(side, str) and side.lstrip().startswith("Human:") for side in sides)
-        return "hh" if transcripts and "prompt" not in has else "preference"
+        return ["hh" if transcripts and "prompt" not in has else "preference"]
+    if {"chosen_messages", "rejected_messages"} <= has:
+        return ["preference"]
     labelled = any(isinstance(row.get(name), bool) for name in LABELS) or kind == "unpaired_preference"
-    for name, needed in (*_CONVERSATIONS, ("prompt", {"prompt"}), ("text", {"text"})):
-        if needed <= has:
-            return "unpaired_preference" if labelled and name != "text" else name
-    return None
+    found = list(dict.fromkeys(name for name, needed in _CONVERSATIONS if needed <= has))
+    if found:
+        return ["unpaired_preference", *found[1:]] if labelled else found
+    for name, needed in _OTHERS:
+        if needed <= has and not (name == "instruction" and has & _ANSWERS):
+            return ["unpaired_preference" if labelled and name in ("prompt", *_ANSWERED) else name]
+    return []
+
+
+def detect(row: Row, kind: Kind | None = None) -> str | None:
+    """The first of the `candidates`; None when the row fits no format."""
+    return next(iter(candidates(row, kind)), None)

@@ -12,16 +12,23 @@ import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_prep.columns import lookup, prepared
 from data_prep.config import GENERATORS, SourceConfig
+from data_prep.detection import LOOKED_AT, detect_rows
 from data_prep.files import BadRow, read_rows, sha256_file
-from data_prep.formats import FORMATS, detect
+from data_prep.formats import FORMATS
+from data_prep.hub import hub_rows
 from data_prep.projections import PROJECTIONS, project
 from data_prep.records import InvalidRecord, Kind, Record, excerpt
 from data_prep.split import default_group
 from posttrain.errors import DataError
+
+LARGEST_BEGINNING = 64 << 20
+"""Characters of rows that are held to detect the format."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,17 @@ class Reject:
 
 @dataclass
 class SourceReport:
-    """What dataset.json says of one file or generator. rows: read; sha256: of the bytes, or the records."""
+    """What dataset.json says of one file or generator. rows: read; sha256: of the bytes, or the records.
+
+    why: the reason for the format where it was detected, for people; not in dataset.json.
+    """
 
     name: str
     format: str
     sha256: str
     rows: int = 0
     details: dict[str, Any] = field(default_factory=dict)
+    why: str = ""
 
 
 def read_file(
@@ -52,26 +63,60 @@ def read_file(
     """(line, record or reject) pairs of one file, at most `limit`.
 
     Records are of `kind`, with source and group. The report fills while the pairs are consumed.
-    Raises DataError: unreadable, no format fits, or the format cannot feed `kind`.
+    Raises DataError: unreadable, no format fits or several do, or the format cannot feed `kind`.
     """
-    report = SourceReport(name, source.format, sha256_file(path))
-    return report, _from_file(source, kind, path, limit, report)
+    report = SourceReport(name, source.format, sha256_file(path), details=_licence(source))
+    return report, _from_rows(source, kind, str(path), read_rows(path, source.read), limit, report)
 
 
-def _from_file(
-    source: SourceConfig, kind: Kind, path: Path, limit: int | None, report: SourceReport
+def read_hub(
+    source: SourceConfig, kind: Kind, directory: Path | None = None
+) -> tuple[SourceReport, Iterator[tuple[int, Record | Reject]]]:
+    """The same of a Hub data set. The report's sha256, of the rows read, is set at the end.
+
+    directory: where it was downloaded to. Raises DataError: it cannot be loaded, and as `read_file`.
+    """
+    place = str(source.hub)
+    name = f"{Path(place).name if Path(place).is_dir() else place}/{source.split}"
+    report = SourceReport(name, source.format, "", details=_licence(source))
+    return report, _hashed(source, kind, directory or Path(place).expanduser(), report)
+
+
+def _hashed(
+    source: SourceConfig, kind: Kind, directory: Path, report: SourceReport
 ) -> Iterator[tuple[int, Record | Reject]]:
-    for line, row in read_rows(path):
+    digest = hashlib.sha256()
+
+    def rows() -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+        for line, row in hub_rows(source, directory):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+            yield line, row
+
+    yield from _from_rows(source, kind, report.name, rows(), source.rows, report)
+    report.sha256 = digest.hexdigest()
+
+
+def _licence(source: SourceConfig) -> dict[str, Any]:
+    return {} if source.licence is None else {"licence": source.licence}
+
+
+def _from_rows(
+    source: SourceConfig,
+    kind: Kind,
+    place: str,
+    rows: Iterator[tuple[int, dict[str, Any] | BadRow]],
+    limit: int | None,
+    report: SourceReport,
+) -> Iterator[tuple[int, Record | Reject]]:
+    pairs = ((line, row if isinstance(row, BadRow) else prepared(row, source)) for line, row in rows)
+    for line, row in _detected(source, kind, place, pairs, report):
         if report.rows == limit:
             return
         report.rows += 1
         if isinstance(row, BadRow):
             yield line, Reject(report.name, line, row.reason, row.detail, excerpt(row.raw))
             continue
-        row = {**row, **{ours: row.get(theirs) for ours, theirs in source.columns.items()}}
-        if report.format == "auto":
-            report.format = _detect(path, line, row, kind)
-        _check_feeds(path, report.format, kind)
+        _check_feeds(place, report.format, kind)
         if FORMATS[report.format].native == "preference" and kind in ("conversation", "text"):
             report.details["use"] = source.use
         try:
@@ -79,26 +124,68 @@ def _from_file(
             # The group is that of the source record, so that all kinds made from one file split alike.
             group = _group(row, source.group_column) if source.group_column else default_group(record)
             meta = _with_columns(record.meta, row, source.meta_columns)
-            record = replace(record, source=f"{report.name}:{line}", group=group, meta=meta)
+            name = _id(row, source.id_column) if source.id_column else record.id
+            record = replace(record, id=name, source=f"{report.name}:{line}", group=group, meta=meta)
             yield line, project(record, kind, source.use)
         except InvalidRecord as error:
             yield line, Reject(report.name, line, error.reason, str(error), excerpt(row))
+
+
+def _detected(
+    source: SourceConfig,
+    kind: Kind,
+    place: str,
+    pairs: Iterator[tuple[int, dict[str, Any] | BadRow]],
+    report: SourceReport,
+) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    """The same pairs, after the report was given the format that the first LOOKED_AT of them are in."""
+    if source.format != "auto":
+        yield from pairs
+        return
+    while first := _beginning(pairs):
+        good = [(line, row) for line, row in first if not isinstance(row, BadRow)]
+        if good:
+            found = detect_rows(good, place, kind)
+            report.format, report.why = found.format, found.why()
+        yield from first
+        if good:
+            break
+    yield from pairs
+
+
+def _beginning(
+    pairs: Iterator[tuple[int, dict[str, Any] | BadRow]],
+) -> list[tuple[int, dict[str, Any] | BadRow]]:
+    """The first LOOKED_AT pairs, fewer where they are large."""
+    first, size = [], 0
+    for line, row in islice(pairs, LOOKED_AT):
+        first.append((line, row))
+        size += len(repr(row))
+        if size > LARGEST_BEGINNING:
+            break
+    return first
+
+
+def _id(row: dict[str, Any], column: str) -> str:
+    """The row's own id; empty, to be filled with a hash of the content, where it has none."""
+    value = lookup(row, column)
+    return "" if value is None or isinstance(value, (list, dict)) else str(value).strip()
 
 
 def _with_columns(meta: str, row: dict[str, Any], names: list[str]) -> str:
     """The meta text with these columns of the row added. Raises InvalidRecord: missing_field."""
     if not names:
         return meta
-    missing = [name for name in names if row.get(name) is None]
+    values = {name: lookup(row, name) for name in names}
+    missing = [name for name, value in values.items() if value is None]
     if missing:
         raise InvalidRecord("missing_field", f"meta_columns: the row has no {', '.join(map(repr, missing))}")
-    kept = {**json.loads(meta), **{name: row[name] for name in names}}
-    return json.dumps(kept, ensure_ascii=False, sort_keys=True)
+    return json.dumps({**json.loads(meta), **values}, ensure_ascii=False, sort_keys=True, default=str)
 
 
 def _group(row: dict[str, Any], column: str) -> str:
     """The row's own group. Raises InvalidRecord: missing_group."""
-    value = row.get(column)
+    value = lookup(row, column)
     if value is None or isinstance(value, (list, dict)) or not str(value).strip():
         raise InvalidRecord(
             "missing_group", f"group_column {column!r} holds {excerpt(value, 40)}, not a name or number"
@@ -106,26 +193,14 @@ def _group(row: dict[str, Any], column: str) -> str:
     return str(value)
 
 
-def _detect(path: Path, line: int, row: dict[str, Any], kind: Kind) -> str:
-    found = detect(row, kind)
-    if found is not None:
-        return found
-    needs = "\n".join(f"      {name}: {form.needs}" for name, form in FORMATS.items())
-    fields = ", ".join(map(str, row)) or "none"
-    raise DataError(
-        f"{path}:{line}: cannot tell the format from the fields {fields}\n"
-        f"    set `format`, and `columns` to rename fields. What each format needs:\n{needs}"
-    )
-
-
-def _check_feeds(path: Path, form: str, kind: Kind) -> None:
+def _check_feeds(place: str, form: str, kind: Kind) -> None:
     native = FORMATS[form].native
     if kind in PROJECTIONS[native]:
         return
     remedy = f"set kind to one of {', '.join(PROJECTIONS[native])}, or choose other sources"
     if native == "unpaired_preference" and kind == "conversation":
         remedy += "; for demonstrations keep only the rows labelled true and set `format`"
-    message = f"{path}: format {form} holds {native} rows, which cannot become kind {kind}"
+    message = f"{place}: format {form} holds {native} rows, which cannot become kind {kind}"
     raise DataError(f"{message}\n    {remedy}")
 
 

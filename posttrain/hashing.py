@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.errors import UserError
+from posttrain.patterns import walk
 
 _TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token")
@@ -36,12 +37,8 @@ def hash_path(path: Path) -> str:
 
 
 def content_files(directory: Path) -> list[Path]:
-    """Every file under `directory` in a fixed order, hidden files and directories left out."""
-    return sorted(
-        file
-        for file in directory.rglob("*")
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(directory).parts)
-    )
+    """Every file under `directory` in a fixed order, those behind links too, hidden ones left out."""
+    return sorted(walk(directory))
 
 
 def hash_dataset(path: Path) -> str:

@@ -6,7 +6,6 @@ This is the one place that decides; every stage gets a `ResolvedInput`.
 from __future__ import annotations
 
 import difflib
-import glob
 import os
 import re
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 
 from posttrain.errors import UserError
 from posttrain.hashing import fingerprint_tokenizer, hash_dataset, hash_json, hash_path
+from posttrain.patterns import is_pattern, matching_files
 from posttrain.rundir import missing_output, read_manifest
 
 __all__ = ["ResolvedInput", "check_same_tokenizer", "download", "fingerprint_tokenizer", "resolve"]
@@ -48,11 +48,7 @@ def resolve(ref: str, kind: str) -> ResolvedInput:
     """
     path = Path(ref).expanduser()
     if not path.exists():
-        return (
-            _from_pattern(ref, path)
-            if kind == "file" and set(ref) & set("*?[")
-            else _from_hub(ref, kind, path)
-        )
+        return _from_pattern(ref, path) if kind == "file" and is_pattern(ref) else _from_hub(ref, kind, path)
     path = path.absolute()
     manifest = read_manifest(path) if path.is_dir() else None
     if manifest is not None and kind != "file":
@@ -63,8 +59,18 @@ def resolve(ref: str, kind: str) -> ResolvedInput:
         )
     if kind == "model":
         _check_model_dir(ref, path)
-    content = hash_dataset(path) if kind == "dataset" else hash_path(path)
+    try:
+        content = hash_dataset(path) if kind == "dataset" else hash_path(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     return ResolvedInput(ref, kind, path, None, content)
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{error.filename or path}: cannot be read ({error.strerror or error})\n"
+        "    check the file and its rights"
+    )
 
 
 def _from_run(ref: str, kind: str, path: Path, manifest: dict[str, Any]) -> ResolvedInput:
@@ -94,13 +100,16 @@ def _from_run(ref: str, kind: str, path: Path, manifest: dict[str, Any]) -> Reso
 def _from_pattern(ref: str, path: Path) -> ResolvedInput:
     """The files that a glob matches, as one input; `path` stays the pattern."""
     path = path.absolute()
-    files = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    files = matching_files(str(path))
     if not files:
         raise UserError(
             f"{ref}: no file matches this pattern\n    {_remedy(Path(str(path).split('*')[0]), 'file')}"
         )
     root = os.path.commonpath([file.parent for file in files])
-    content = hash_json({file.relative_to(root).as_posix(): hash_path(file) for file in files})
+    try:
+        content = hash_json({file.relative_to(root).as_posix(): hash_path(file) for file in files})
+    except OSError as error:
+        raise _unreadable(path, error) from error
     return ResolvedInput(ref, "file", path, None, content)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +35,12 @@ ROW = {"text": "Once."}
         ({"generator": "support_desk", "rows": 1, "format": "hh"}, "belong to `path`"),
         ({"path": "a.jsonl", "options": {"a": 1}}, "belong to `generator`"),
         ({"path": "a.jsonl", "rows": 0}, "greater than 0"),
+        ({"path": "a.jsonl", "split": "test"}, "belong to `hub`"),
+        ({"path": "hub:a/b", "hub": "a/b"}, "give the data set once"),
+        ({"hub": "a/b@v1", "revision": "v1"}, "give the revision once"),
+        ({"hub": "a/b", "read": {"header": True}}, "`read` belongs to `path`"),
+        ({"path": "a.csv", "read": {"encoding": "latin-9000"}}, "no text encoding 'latin-9000'"),
+        ({"path": "a.csv", "read": {"encoding": "hex"}}, "no text encoding 'hex'"),
         ({"path": "a.jsonl", "formatt": "hh"}, "formatt"),
         ({"path": "a.jsonl", "format": "csv"}, "'messages'"),
     ],
@@ -56,6 +63,17 @@ def test_filter_bounds_must_be_ordered() -> None:
         FilterConfig(min_chars=9, max_chars=3)
 
 
+def test_a_hub_source_in_its_spellings() -> None:
+    for source in (
+        {"path": "hub:owner/name", "revision": "v1"},
+        {"hub": "owner/name", "revision": "v1"},
+        {"hub": "owner/name@v1"},
+    ):
+        config = SourceConfig.model_validate({**source, "split": "test"})
+        assert (config.hub, config.path, config.revision) == ("owner/name@v1", None, None)
+        assert SourceConfig.model_validate(config.model_dump()) == config
+
+
 def test_check_names_the_options_of_a_generator() -> None:
     source = {"generator": "support_desk", "rows": 3, "options": {"label_nois": 0.1}}
     config = CurateConfig.model_validate({"kind": "preference", "sources": [source]})
@@ -74,10 +92,20 @@ def test_missing_file_suggests_the_nearest_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "says"),
-    [("*.parquet", "no file matches"), ("", "is a folder"), ("notes.txt", "cannot read this file type")],
+    [
+        ("*.parquet", "no file matches"),
+        ("", "is a folder without data files .it holds broken.jsonl, loop.jsonl, notes.md"),
+        ("notes.md", "cannot read this file type"),
+        ("pipe.jsonl", "neither a regular file nor a folder"),
+        ("broken.jsonl", "is a link to nowhere, which is not there"),
+        ("loop.jsonl", "is a link that leads to itself"),
+    ],
 )
 def test_expand_refuses(tmp_path: Path, pattern: str, says: str) -> None:
-    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "notes.md").write_text("x")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "broken.jsonl").symlink_to("nowhere")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
     with pytest.raises(DataError, match=says):
         expand(str(tmp_path / pattern))
 
@@ -134,11 +162,12 @@ def test_a_bad_line_is_one_bad_row(tmp_path: Path, line: bytes, reason: str) -> 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 50, mtime=0)[:-12], "truncated gzip"),
         ("a.jsonl.gz", b'{"text": "a"}\n', "damaged or truncated gzip"),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}\n', "rename it to .jsonl"),
+        ("a.json", b'{"text": "a"\n', "rename it to .jsonl"),
+        ("a.json", b'{"a": [{"x": 1}], "b": [{"x": 1}]}', "several lists of objects: a, b"),
         ("a.json", b'{"text": "a"}', "holds one dict, not a list"),
-        ("a.json", b'["\xff"]', "not UTF-8"),
+        ("a.json", b'{"a": "\xff"}', "not UTF-8"),
+        ("a.csv", b"q,q\n1,2\n", "names 'q' more than once"),
         ("a.parquet", b"PAR1 no", "not a readable parquet"),
     ],
 )

@@ -78,10 +78,26 @@ GOOD: list[tuple[str, dict[str, Any], Any]] = [
         },
         GOOD_ANSWER,
     ),
+    ("unpaired_preference", {"question": "Hi", "answer": "Hello", "label": False}, BAD_ANSWER),
+    (
+        "unpaired_preference",
+        {"instruction": "Hi", "instances": [{"input": "", "output": "Hello"}], "label": True},
+        GOOD_ANSWER,
+    ),
     ("text", {"text": "Once."}, TextRecord("Once.")),
     ("text", {"text": "Once.", "label": True}, TextRecord("Once.")),
     ("prompt", {"prompt": "Hi"}, PromptRecord([Message("user", "Hi")])),
     ("prompt", {"prompt": [USER]}, PromptRecord([Message("user", "Hi")])),
+    ("prompt", {"prompt": "Hi", "question": "Hi", "answer": "4"}, PromptRecord([Message("user", "Hi")])),
+    ("preference", {"chosen_messages": [USER, ANSWER], "rejected_messages": [USER, WORSE]}, PAIR),
+    ("question_answer", {"question": "Hi", "answer": "Hello"}, TALK),
+    ("self_instruct", {"instruction": "Hi", "instances": [{"input": "", "output": "Hello"}]}, TALK),
+    ("instruction", {"instruction": "Add", "input": "1"}, PromptRecord([Message("user", "Add\n\n1")])),
+    (
+        "turns",
+        {"turns": ["Hi", "And then?"]},
+        PromptRecord([Message("user", "Hi")], meta='{"turns": ["Hi", "And then?"]}'),
+    ),
 ]
 
 
@@ -133,6 +149,11 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("prompt_completion", {"prompt": "Hi", "completion": ""}, "empty_content", "assistant"),
     ("prompt_completion", {"prompt": [USER, ANSWER], "completion": "x"}, "roles_not_alternating", "turn 3"),
     ("preference", {"prompt": "Hi", "chosen": "Same ", "rejected": "Same"}, "identical_sides", "Same"),
+    ("question_answer", {"question": "Hi", "answer": " "}, "empty_content", "assistant"),
+    ("self_instruct", {"instruction": "Hi", "instances": []}, "wrong_type", "list of objects"),
+    ("instruction", {"input": "1"}, "missing_field", "'instruction'"),
+    ("instruction", {"instruction": 7}, "wrong_type", "int"),
+    ("turns", {"turns": "Hi"}, "wrong_type", "list of the user's questions"),
     ("preference", {"prompt": "Hi", "chosen": "Hello", "rejected": None}, "missing_field", "'rejected'"),
     ("preference", {"chosen": "Hello", "rejected": "What?"}, "missing_field", "no prompt"),
     ("preference", {"prompt": "Ho", "chosen": [USER, ANSWER], "rejected": "x"}, "prompt_mismatch", "'Hi'"),

@@ -12,6 +12,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from data_prep.config import FormatName
+from data_prep.formats import FORMATS
 from data_prep.pii import TYPES
 from serving.gateway.config import MonitoringConfig, TracingConfig
 from serving.monitor import store
@@ -84,6 +86,14 @@ def test_the_ppo_page_has_every_field_with_its_default() -> None:
     rows = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", section, re.MULTILINE)
     assert {name: as_value(cell) for name, cell in rows} == fields_of(PpoStageConfig)
     assert len(rows) == len(dict(rows))
+
+
+def test_the_data_page_has_every_format_with_its_kind() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    _, _, section = text.partition("\n## Formats\n")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (\w+) \|$", section.partition("\n## ")[0], re.MULTILINE)
+    assert dict(rows) == {name: form.native for name, form in FORMATS.items()}
+    assert {"auto", *FORMATS} == set(get_args(FormatName))
 
 
 def test_the_ppo_page_has_every_warning() -> None:

@@ -1,0 +1,1 @@
+"""`posttrain data doctor`: what files are, what is wrong with them, which configuration ingests them."""

@@ -1,0 +1,96 @@
+"""Personal data and secrets that have a form of their own: found, redacted, or a reason to drop the row.
+
+What is found and what cannot be (names of people, addresses, organisations) is in ``data_prep/pii.py``. With
+`redact` and `drop` nothing found stays in the row: its texts, its meta, its id and group. The same rules then
+clean what the stage writes of rows that were dropped (`scrubber`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from data_prep.operations.base import Dropped, Kept, Row, tagged
+from data_prep.operations.parts import with_texts
+from data_prep.pii import RULES, Redactor, Rule, find
+from data_prep.records import InvalidRecord, Record
+
+Action = Literal["find", "redact", "drop"]
+
+
+@dataclass(frozen=True)
+class PersonalData:
+    """Row-local. find tags types with counts; redact replaces what was found by pseudonyms as [EMAIL_1]."""
+
+    action: Action = "redact"
+    rules: Sequence[Rule] = RULES
+
+    def apply(self, batch: Sequence[Row]) -> list[Kept | Dropped]:
+        """Tags `pii` {type: count}; drops personal_data."""
+        return [self._one(row) for row in batch]
+
+    def _one(self, row: Row) -> Kept | Dropped:
+        redactor = Redactor(self.rules)
+        try:
+            record = _redacted(row.record, redactor)
+        except InvalidRecord as error:
+            return Dropped(error.reason, f"after its redaction: {error}")
+        counts = dict(sorted(redactor.counts.items()))
+        if not counts:
+            return Kept(row.record)
+        said = ", ".join(f"{type} {count}" for type, count in counts.items())
+        if self.action == "drop":
+            return Dropped("personal_data", said)
+        kept = row.record if self.action == "find" else record
+        return Kept(tagged(kept, pii=counts), tuple(f"with {type}" for type in counts))
+
+
+def _redacted(record: Record, redactor: Redactor) -> Record:
+    record = with_texts(record, redactor.redact)
+    meta = json.dumps(_walk(json.loads(record.meta), redactor.redact), ensure_ascii=False, sort_keys=True)
+    id, group = _nameless(record.id, redactor), _nameless(record.group, redactor)
+    return replace(record, id=id, group=group, meta=meta if redactor.counts else record.meta)
+
+
+def _walk(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_walk(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(key): _walk(item, change) for key, item in value.items()}
+    return value
+
+
+def _nameless(name: str, redactor: Redactor) -> str:
+    """An id or group that is personal data (an e-mail address) as a hash: equal ones stay equal."""
+    findings = find(name, redactor.rules)
+    redactor.counts.update(finding.type for finding in findings)
+    return hashlib.sha256(name.encode()).hexdigest()[:16] if findings else name
+
+
+Clean = Callable[[str], str]
+NOT_SHOWN = "(not shown: it is cut, and could not be redacted whole)"
+
+
+def scrubber(operations: Sequence[Any]) -> Clean | None:
+    """What cleans the texts of reports by the rules of all operations that redact or drop; None without any.
+
+    A text that was cut ("...") is not shown at all: what is left of a secret may have lost its form.
+    """
+    rules = {
+        rule: None
+        for operation in operations
+        if isinstance(operation, PersonalData) and operation.action != "find"
+        for rule in operation.rules
+    }
+    if not rules:
+        return None
+
+    def clean(text: str) -> str:
+        return NOT_SHOWN if "..." in text else Redactor(tuple(rules)).redact(text)
+
+    return clean
