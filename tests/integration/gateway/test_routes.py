@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 import openai
 import pytest
 import yaml
+
+from serving.embedded import EmbeddedServer
+from tests.integration.conftest import processes_of
 
 ROOT = Path(__file__).parents[3]
 ADMIN_KEY = "pt-admin"
@@ -225,17 +229,43 @@ def test_what_an_administrator_gets_wrong(own):
         admin(own, "POST", "/admin/weights", {"model": "nope", "weights": {"stable": 1}})
 
 
-def test_sigterm_lets_the_answers_end_and_takes_no_new_ones(start_gateway, routed):
+@contextlib.contextmanager
+def held(server: EmbeddedServer) -> Iterator[None]:
+    """The server's models stand still meanwhile, so that no answer ends."""
+    stubs = [
+        pid
+        for pid, arguments in processes_of(server.shm_prefix).items()
+        if arguments[0].endswith("triton_python_backend_stub")
+    ]
+    assert len(stubs) == 2
+    for pid in stubs:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in stubs:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_sigterm_lets_the_answers_end_and_takes_no_new_ones(start_gateway, routed, triton):
     own = start_gateway(routed)
     with pytest.raises(openai.ConflictError, match="nothing to roll back to"):
         admin(own, "POST", "/admin/rollback")
-    stream = own.client().chat.completions.create(
-        model="canaried@canary", messages=ASKED, temperature=0, max_tokens=200, stream=True
-    )
-    chunks = [next(iter(stream))]
-    own.process.send_signal(signal.SIGTERM)
-    assert own.wait_for("draining")["in_flight"] == 1
-    chunks += list(stream)
+    with ThreadPoolExecutor(1) as pool:
+        with held(triton):
+            asking = pool.submit(
+                own.client().chat.completions.create,
+                model="canaried@canary",
+                messages=ASKED,
+                temperature=0,
+                max_tokens=200,
+                stream=True,
+            )
+            while own.metric("posttrain_gateway_in_flight") == 0:
+                pass
+            own.process.send_signal(signal.SIGTERM)
+            assert own.wait_for("draining")["in_flight"] == 1
+        chunks = list(asking.result())
     assert chunks[-1].choices[0].finish_reason == "length"
     own.wait_for("stopped")
     assert own.process.wait(60) == 0
