@@ -251,12 +251,15 @@ async def answer(service: Service, request: Request, body: AnyRequest) -> Any:
 
 
 def _stream(service: Service, job: Job, first: Piece, pieces: AsyncGenerator[Piece, None]) -> EventStream:
-    async def end() -> None:
-        await pieces.aclose()
+    def finish() -> None:
         service.finish(job)
 
+    async def end() -> None:
+        await pieces.aclose()
+        finish()
+
     headers = rates.headers(job.key, job.state) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventStream(events(job.writer, first, pieces), end, headers=headers)
+    return EventStream(events(job.writer, first, pieces, finish), end, headers=headers)
 
 
 async def _collect(pieces: AsyncGenerator[Piece, None]) -> list[Piece]:

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.pii import Redactor
-from posttrain.errors import UserError
-from serving.monitor.database import connect
+from serving.monitor.database import connect, unusable
 
 BUSY_SECONDS = 10.0
 """So long a vote waits for another writer of the file."""
@@ -67,10 +66,7 @@ class VoteStore:
             self._connection = self._thread.submit(self._open).result()
         except (sqlite3.Error, OSError) as error:
             self._thread.shutdown()
-            raise UserError(
-                f"monitoring.database: {path} cannot be used ({error})\n"
-                "    name a file that posttrain may write, in a directory that exists"
-            ) from error
+            raise unusable(path, error) from error
 
     async def add(self, vote: Vote) -> str:
         """Keep a vote and return its id. Raises sqlite3.Error when it could not be written."""
