@@ -77,6 +77,8 @@ class VoteStore:
         # One redactor for the whole vote: the same value has the same pseudonym in all its texts.
         clean = Redactor().redact if self.redact else str
         messages = [{**message, "content": clean(message["content"])} for message in vote.messages]
+        # In an order of their own, so that a pair has the same texts on whichever sides its answers stood.
+        answers = {answer: clean(answer) for answer in sorted((vote.answer_a, vote.answer_b))}
         row = (
             name,
             time.time(),
@@ -84,8 +86,8 @@ class VoteStore:
             json.dumps(messages, ensure_ascii=False),
             vote.version_a,
             vote.version_b,
-            clean(vote.answer_a),
-            clean(vote.answer_b),
+            answers[vote.answer_a],
+            answers[vote.answer_b],
             vote.choice,
             json.dumps(vote.sampling),
             vote.key,
