@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
 from serving.gateway.config import GatewayConfig, is_loopback
-from serving.gateway.errors import ApiError, unavailable
+from serving.gateway.errors import CLIENT_GONE, ApiError, unavailable
 from serving.gateway.exchange import PAGE_PATHS, Exchange
 from serving.gateway.keys import ANONYMOUS, KeyRing
 from serving.gateway.logs import log
@@ -85,7 +85,7 @@ class Guard:
             exchange.reason = error.reason
             await sender.error(error)
         except ClientGoneError:
-            exchange.status, exchange.reason = 499, "client_gone"
+            exchange.status, exchange.reason = 499, CLIENT_GONE
         except TimeoutError:
             exchange.reason = "timeout"
             seconds = self.config.limits.request_seconds
@@ -187,7 +187,7 @@ class Guard:
         status = str(exchange.status)
         self.metrics.requests.labels(exchange.endpoint, exchange.model, exchange.version, status).inc()
         self.metrics.seconds.labels(exchange.endpoint).observe(time.monotonic() - exchange.started)
-        if exchange.status == 499:
+        if exchange.reason == CLIENT_GONE:
             self.metrics.disconnects.inc()
         if exchange.status == 429 and exchange.key is not None:
             self.metrics.limited.labels(exchange.key.name, exchange.reason).inc()
