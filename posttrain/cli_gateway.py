@@ -46,7 +46,11 @@ def register(app: typer.Typer, reporting: Callable[[], AbstractContextManager[No
             ),
         ] = None,
         check: Annotated[
-            bool, typer.Option("--check", help="Read configuration, keys and exports, and serve nothing.")
+            bool,
+            typer.Option(
+                "--check",
+                help="Read configuration, keys and exports, look at the database, and serve nothing.",
+            ),
         ] = False,
     ) -> None:
         """Serve an OpenAI-compatible API in front of Triton: keys, limits, canaries, metrics."""

@@ -31,7 +31,7 @@ _RECORDS = ("manifest.json", "config.yaml", "metrics.jsonl", "error.log", "repor
 _RECORD_DIRECTORIES = ("checkpoints", "tensorboard", "wandb")
 
 
-def atomic_write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: Path, text: str, mode: int = 0o644) -> None:
     """Write `text` to `path` so that a reader, or a crash, sees the old file or the new one."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{STAGING_PREFIX}{path.name}-")
     try:
@@ -39,7 +39,7 @@ def atomic_write_text(path: Path, text: str) -> None:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

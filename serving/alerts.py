@@ -22,6 +22,7 @@ _HEADER = """\
 # Scraped: the gateway's /metrics, the server's metrics port, and node_exporter with the textfile collector,
 # for the file that `posttrain drift --prometheus` writes.
 """
+_API = "/v1/.*"
 _ASKING = '{endpoint=~"/v1/(chat/)?completions"}'
 
 
@@ -60,8 +61,8 @@ def _gateway() -> dict[str, Any]:
         ),
         _rule(
             "PosttrainGatewayErrors",
-            f'sum {by} (rate({p}_requests_total{{status=~"5.."}}[5m])) '
-            f"/ sum {by} (rate({p}_requests_total[5m])) > 0.05",
+            f'sum {by} (rate({p}_requests_total{{endpoint=~"{_API}",status=~"5.."}}[5m])) '
+            f'/ sum {by} (rate({p}_requests_total{{endpoint=~"{_API}"}}[5m])) > 0.05',
             "5m",
             "critical",
             "{{ $value | humanizePercentage }} of the requests to {{ $labels.model }} "
@@ -70,13 +71,14 @@ def _gateway() -> dict[str, Any]:
         ),
         _rule(
             "PosttrainUpstreamErrors",
-            f"sum {by} (rate({p}_upstream_errors_total[5m])) "
+            f'sum {by} (rate({p}_upstream_errors_total{{code!="INVALID_ARGUMENT"}}[5m])) '
             f"/ sum {by} (rate({p}_requests_total[5m])) > 0.02",
             "5m",
             "critical",
             "Triton fails {{ $value | humanizePercentage }} of the requests to {{ $labels.model }} "
             "{{ $labels.version }}",
-            "More than 2 %. The label `code` of posttrain_gateway_upstream_errors_total says how.",
+            "More than 2 %, without what it refused because of a parameter. The label `code` of "
+            "posttrain_gateway_upstream_errors_total says how.",
         ),
         _rule(
             "PosttrainFirstTokenSlow",
@@ -127,6 +129,15 @@ def _gateway() -> dict[str, Any]:
             "warning",
             "A change of {{ $labels.what }} was not taken over",
             "The gateway goes on with what it had. Its log says why.",
+        ),
+        _rule(
+            "PosttrainMonitoringDrops",
+            f"increase({p}_monitoring_dropped_total[15m]) > 0",
+            "0m",
+            "warning",
+            "{{ $value }} requests are missing in the monitoring database",
+            "Reason {{ $labels.reason }}: `database` is a full disk or a lock, and monitoring_failed in the "
+            "log says which; `queue_full` is a disk too slow.",
         ),
     ]
     return {"name": "posttrain-gateway", "rules": rules}

@@ -71,7 +71,8 @@ def write_report(
         trend=trend,
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     )
-    atomic_write_text(path, page)
+    # It quotes requests, which the database keeps for its owner only.
+    atomic_write_text(path, page, 0o600)
 
 
 def _rank(finding: Finding) -> tuple[int, float]:

@@ -18,7 +18,7 @@ from posttrain import __version__
 from serving.gateway import limits as rates
 from serving.gateway.config import Name
 from serving.gateway.error_handlers import ERRORS, add_error_handlers
-from serving.gateway.errors import ApiError, unknown_model
+from serving.gateway.errors import CLIENT_GONE, ApiError, unknown_model
 from serving.gateway.exchange import Exchange
 from serving.gateway.guard import ClientGoneError
 from serving.gateway.metrics import Metrics
@@ -78,20 +78,27 @@ class Readiness:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events whose source is closed and booked however the sending ends."""
+    """Server-sent events whose source is closed and booked however the sending ends.
 
-    def __init__(self, source: AsyncGenerator[str, None], end: Callable[[], Awaitable[None]], **options: Any):
+    end: called with whether it ended by itself: at the source's end, or because the client left.
+    """
+
+    def __init__(
+        self, source: AsyncGenerator[str, None], end: Callable[[bool], Awaitable[None]], **options: Any
+    ):
         super().__init__(source, media_type="text/event-stream", **options)
         self.source = source
         self.end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
+        by_itself = False
         try:
             await super().__call__(scope, receive, send)
+            by_itself = True
         finally:
             await self.source.aclose()
-            await self.end()
+            await self.end(by_itself)
 
 
 def create_app(
@@ -251,12 +258,17 @@ async def answer(service: Service, request: Request, body: AnyRequest) -> Any:
 
 
 def _stream(service: Service, job: Job, first: Piece, pieces: AsyncGenerator[Piece, None]) -> EventStream:
-    async def end() -> None:
-        await pieces.aclose()
+    def finish() -> None:
         service.finish(job)
 
+    async def end(by_itself: bool) -> None:
+        if by_itself and not job.finished:
+            job.exchange.reason = CLIENT_GONE
+        await pieces.aclose()
+        finish()
+
     headers = rates.headers(job.key, job.state) | {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return EventStream(events(job.writer, first, pieces), end, headers=headers)
+    return EventStream(events(job.writer, first, pieces, finish), end, headers=headers)
 
 
 async def _collect(pieces: AsyncGenerator[Piece, None]) -> list[Piece]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+CLIENT_GONE = "client_gone"
+"""Reason of an exchange whose client left; the status is 499, or 200 where a stream had begun."""
 KINDS = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error"}
 
 

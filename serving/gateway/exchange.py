@@ -51,6 +51,7 @@ class Exchange:
     """One request. Times in seconds of time.monotonic(); status 0: nothing was sent.
 
     messages, answer: what was asked, and the first answer once it is whole; only where something wants them.
+    answer_tally: what came of the first answer; tally: of all.
     """
 
     endpoint: str
@@ -71,6 +72,7 @@ class Exchange:
     keeps_text: bool = False
     messages: list[dict[str, str]] | None = None
     answer: str | None = None
+    answer_tally: Tally | None = None
 
     @classmethod
     def of(cls, method: str, path: str, headers: dict[bytes, bytes]) -> Exchange:

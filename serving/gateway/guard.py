@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
-from serving.gateway.config import GatewayConfig
-from serving.gateway.errors import ApiError, unavailable
+from serving.gateway.config import GatewayConfig, is_loopback
+from serving.gateway.errors import CLIENT_GONE, ApiError, unavailable
 from serving.gateway.exchange import PAGE_PATHS, Exchange
 from serving.gateway.keys import ANONYMOUS, KeyRing
 from serving.gateway.logs import log
@@ -35,6 +36,7 @@ METRICS = "/metrics"
 ADMIN = "/admin/"
 ANSWER_SHARE = 0.95
 """Of request_seconds an answer may take so much; the rest is for telling the client that it took too long."""
+HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9.-]+))(?::\d+)?")
 MAX_HEAD_BYTES = 16 * 1024
 DISCARDED_BYTES = 16 * 2**20
 """Of too large a body so much is read and thrown away, so that the client gets to read the answer."""
@@ -83,7 +85,7 @@ class Guard:
             exchange.reason = error.reason
             await sender.error(error)
         except ClientGoneError:
-            exchange.status, exchange.reason = 499, "client_gone"
+            exchange.status, exchange.reason = 499, CLIENT_GONE
         except TimeoutError:
             exchange.reason = "timeout"
             seconds = self.config.limits.request_seconds
@@ -118,6 +120,7 @@ class Guard:
                 raise _unauthenticated("this needs the admin key")
             return
         if self.config.authentication == "none":
+            check_host(scope)
             exchange.key = ANONYMOUS
             return
         presented = presented_key(scope)
@@ -184,7 +187,7 @@ class Guard:
         status = str(exchange.status)
         self.metrics.requests.labels(exchange.endpoint, exchange.model, exchange.version, status).inc()
         self.metrics.seconds.labels(exchange.endpoint).observe(time.monotonic() - exchange.started)
-        if exchange.status == 499:
+        if exchange.reason == CLIENT_GONE:
             self.metrics.disconnects.inc()
         if exchange.status == 429 and exchange.key is not None:
             self.metrics.limited.labels(exchange.key.name, exchange.reason).inc()
@@ -235,6 +238,21 @@ def check_head(scope: Scope) -> None:
             f"the request line and headers have {size} bytes, at most {MAX_HEAD_BYTES} are accepted",
             code="headers_too_large",
             headers={"Connection": "close"},
+        )
+
+
+def check_host(scope: Scope) -> None:
+    """Raises ApiError 403 for the name of another site.
+
+    A site can make its name point to a loopback address (DNS rebinding); then its pages could ask, and read
+    the answers, with the browser of whoever opens them. They still send that name.
+    """
+    hosts = [HOST.fullmatch(value.decode("latin-1")) for name, value in scope["headers"] if name == b"host"]
+    if not all(host and is_loopback((host[1] or host[2]).lower()) for host in hosts):
+        raise ApiError(
+            403,
+            "without keys only requests to localhost or a loopback address are answered",
+            code="wrong_host",
         )
 
 

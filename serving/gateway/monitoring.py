@@ -72,8 +72,9 @@ def record(monitor: Monitor, exchange: Exchange) -> None:
         seconds=round(seconds, 4),
     )
     text = None
-    if exchange.status == 200 and exchange.messages is not None and exchange.answer is not None:
-        text = Conversation(exchange.messages, exchange.answer)
+    first = exchange.answer_tally
+    if exchange.status == 200 and exchange.messages is not None and exchange.answer is not None and first:
+        text = Conversation(exchange.messages, exchange.answer, first.completion_tokens, first.finish_reason)
     monitor.put(Entry(row, text))
 
 

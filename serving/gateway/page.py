@@ -68,6 +68,7 @@ def add_settings(app: FastAPI, router: Router, service: Service, votes: bool) ->
             "limits": {
                 "messages": service.max_messages,
                 "answers": MAX_ANSWERS,
+                "concurrent": exchange.key.max_concurrent,
                 "comment_characters": MAX_COMMENT_CHARACTERS,
             },
             "votes": {"kept": votes, "reason": None if votes else NOT_KEPT},

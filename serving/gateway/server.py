@@ -35,6 +35,7 @@ from serving.gateway.protocol import MAX_HEADER_BYTES, bounded_protocol
 from serving.gateway.routes import Router, describe, load_renderers
 from serving.gateway.service import Service
 from serving.gateway.tracing import open_tracing
+from serving.monitor.database import check_usable
 from serving.monitor.votes import VoteStore
 
 SPARE_FILES = 256
@@ -173,6 +174,8 @@ def run(path: Path | None, overrides: Sequence[str], *, check: bool = False) -> 
     if check:
         load_keys(config, os.environ)
         load_renderers(config.models, ThreadPoolExecutor(1))
+        if config.monitoring.database is not None:
+            check_usable(Path(config.monitoring.database))
         return
     configure()
     raise_file_limit(config.limits.max_connections + SPARE_FILES)

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +125,7 @@ class Service:
         """Triton's pieces, counted. Raises ApiError."""
         labels = (job.model.name, job.version.name)
         texts: list[str] = []
+        first = Tally(job.prompt.tokens)
         asked = time.monotonic()
         try:
             async with aclosing(self._answers(job)) as pieces:
@@ -135,10 +136,11 @@ class Service:
                     job.tally.count(piece)
                     if piece.index == 0:
                         texts.append(piece.text)
+                        first.count(piece)
                     yield piece
                     if time.monotonic() > job.exchange.deadline and job.tally.finish_reason is None:
                         raise ApiError(504, "the answer took too long", code="timeout")
-            job.exchange.answer = "".join(texts)
+            job.exchange.answer, job.exchange.answer_tally = "".join(texts), first
             self._copy(job, job.exchange.answer)
         except UpstreamError as error:
             job.failed = True
@@ -257,9 +259,12 @@ def ask(
 
 
 async def events(
-    writer: Writer, first: Piece, rest: AsyncGenerator[Piece, None]
+    writer: Writer, first: Piece, rest: AsyncGenerator[Piece, None], finish: Callable[[], None]
 ) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events. An error in the middle is an event with `error`, and the last one."""
+    """The answer as server-sent events. An error in the middle is an event with `error`, and the last one.
+
+    finish: called before the last event, so that a client that has read it may ask again at once.
+    """
     async with aclosing(rest):
         try:
             if opening := writer.opening():
@@ -270,6 +275,8 @@ async def events(
                 if chunk := writer.piece(piece):
                     yield chunk
         except ApiError as error:
+            finish()
             yield event(error.body())
             return
+        finish()
         yield writer.closing()

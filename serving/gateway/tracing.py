@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from posttrain.errors import UserError
 from serving.gateway.answers import Tally
 from serving.gateway.config import TracingConfig
+from serving.gateway.errors import CLIENT_GONE
 from serving.gateway.logs import log
 from serving.gateway.upstream import Piece, UpstreamError
 
@@ -148,8 +149,8 @@ class RecordedSpans(Spans):
         error = exchange.reason or (str(exchange.status) if not 100 <= exchange.status < 400 else None)
         if error is not None:
             self.server.set_attribute("error.type", error)
-            # What a client did wrong is no error of this server; a stream that broke off behind its 200 is.
-            if not 400 <= exchange.status < 500:
+            # What a client did is no error of this server; a stream that broke off behind its 200 is.
+            if not (400 <= exchange.status < 500 or exchange.reason == CLIENT_GONE):
                 _fail(self.server, error)
         self.server.end()
 

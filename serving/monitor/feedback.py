@@ -72,7 +72,8 @@ def export(database: Path, output: Path, *, flagged: bool = False, min_votes: in
             "    collect more, with " + ("POST /v1/feedback" if flagged else "the web page or POST /v1/votes")
         )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found.rows)
-    atomic_write_text(output, text)
+    # What the database keeps for its owner only stays so.
+    atomic_write_text(output, text, 0o600)
     lineage = _lineage(database, output, found, flagged, min_votes)
     atomic_write_json(lineage_path(output), lineage)
     return lineage

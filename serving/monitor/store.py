@@ -15,13 +15,12 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from data_prep.pii import Redactor
-from posttrain.errors import UserError
-from serving.monitor.database import connect
+from serving.monitor.database import connect, unusable
 
 BUSY_SECONDS = 2.0
 """So long a write waits for another writer of the file."""
@@ -71,10 +70,15 @@ class RequestRow:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was asked and answered. messages: [{"role", "content"}, ...]."""
+    """What was asked, and the first answer. messages: [{"role", "content"}, ...].
+
+    completion_tokens, finish_reason: of this answer; its request's are those of all that were asked for.
+    """
 
     messages: Sequence[dict[str, str]]
     answer: str
+    completion_tokens: int | None = None
+    finish_reason: str | None = None
 
     @property
     def characters(self) -> int:
@@ -85,7 +89,8 @@ class Conversation:
         """The same without personal data that has a form of its own, and the counts by type."""
         redactor = Redactor()
         messages = [{**message, "content": redactor.redact(message["content"])} for message in self.messages]
-        return Conversation(messages, redactor.redact(self.answer)), dict(redactor.counts)
+        answer = redactor.redact(self.answer)
+        return replace(self, messages=messages, answer=answer), dict(redactor.counts)
 
 
 @dataclass(frozen=True)
@@ -127,10 +132,7 @@ class Store:
             # Made where an error can still end the program, then used by the thread that writes.
             self.connection = connect(path, SCHEMA, timeout_s=BUSY_SECONDS, check_same_thread=False)
         except (sqlite3.Error, OSError) as error:
-            raise UserError(
-                f"monitoring.database: {path} cannot be used ({error})\n"
-                "    name a file that posttrain may write, in a directory that exists"
-            ) from error
+            raise unusable(path, error) from error
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Write them all, or none. Raises sqlite3.Error."""
@@ -232,8 +234,8 @@ class Store:
                 json.dumps(list(text.messages), ensure_ascii=False),
                 text.answer,
                 request.prompt_tokens,
-                request.completion_tokens,
-                request.finish_reason,
+                text.completion_tokens,
+                text.finish_reason,
                 json.dumps(redactions, sort_keys=True),
                 None,
                 None,

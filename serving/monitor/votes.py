@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.pii import Redactor
-from posttrain.errors import UserError
-from serving.monitor.database import connect
+from serving.monitor.database import connect, unusable
 
 BUSY_SECONDS = 10.0
 """So long a vote waits for another writer of the file."""
@@ -67,10 +66,7 @@ class VoteStore:
             self._connection = self._thread.submit(self._open).result()
         except (sqlite3.Error, OSError) as error:
             self._thread.shutdown()
-            raise UserError(
-                f"monitoring.database: {path} cannot be used ({error})\n"
-                "    name a file that posttrain may write, in a directory that exists"
-            ) from error
+            raise unusable(path, error) from error
 
     async def add(self, vote: Vote) -> str:
         """Keep a vote and return its id. Raises sqlite3.Error when it could not be written."""
@@ -81,6 +77,8 @@ class VoteStore:
         # One redactor for the whole vote: the same value has the same pseudonym in all its texts.
         clean = Redactor().redact if self.redact else str
         messages = [{**message, "content": clean(message["content"])} for message in vote.messages]
+        # In an order of their own, so that a pair has the same texts on whichever sides its answers stood.
+        answers = {answer: clean(answer) for answer in sorted((vote.answer_a, vote.answer_b))}
         row = (
             name,
             time.time(),
@@ -88,8 +86,8 @@ class VoteStore:
             json.dumps(messages, ensure_ascii=False),
             vote.version_a,
             vote.version_b,
-            clean(vote.answer_a),
-            clean(vote.answer_b),
+            answers[vote.answer_a],
+            answers[vote.answer_b],
             vote.choice,
             json.dumps(vote.sampling),
             vote.key,

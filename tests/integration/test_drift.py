@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
+import stat
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -157,7 +158,9 @@ def test_the_gateways_database_gives_a_report_with_the_days_before_and_metrics(t
     assert written["left_out"]["finish_reason"] == "the reference lacks it"
     trend = {day: bool(found["alarms"]) for day, found in written["trend"].items()}
     assert trend == {"2026-01-01": False, "2026-01-02": True}
-    page = (tmp_path / "out" / "report.html").read_text()
+    report = tmp_path / "out" / "report.html"
+    assert stat.S_IMODE(report.stat().st_mode) == 0o600, "it quotes what the database keeps for its owner"
+    page = report.read_text()
     assert "&lt;script&gt;alert(1)" in page and "<script>" not in page
     assert "Boxkämpfer" in page and "http" not in page.replace("http-equiv", "")
     metrics = (tmp_path / "drift.prom").read_text()

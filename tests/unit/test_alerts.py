@@ -75,7 +75,7 @@ def test_the_labels_in_the_gateways_rules_exist():
     metrics = gateway_metrics()
     for rule in rules_of("triton-vllm"):
         for name, selector in re.findall(r"(posttrain_gateway_\w+)\{([^}]*)\}", rule["expr"]):
-            assert {part.split("=")[0] for part in selector.split(",")} <= metrics[name]
+            assert set(re.findall(r"(\w+)!?=", selector)) <= metrics[name]
         for grouping in re.findall(r"by \(([^)]*)\)", rule["expr"]):
             used = METRIC.findall(rule["expr"])[0]
             if used in metrics:
@@ -119,7 +119,13 @@ CASES = {
     "PosttrainGatewayDown": ({"up": "1x120"}, {"posttrain_gateway_connections": "3x120"}),
     "PosttrainGatewayErrors": (
         {REQUESTS + '"200"}': "0+90x120", REQUESTS + '"503"}': "0+10x120"},
-        {REQUESTS + '"200"}': "0+99x120", REQUESTS + '"503"}': "0+1x120"},
+        {
+            REQUESTS + '"200"}': "0+99x120",
+            REQUESTS + '"503"}': "0+1x120",
+            'posttrain_gateway_requests_total{endpoint="/health/ready",model="",version="",status="503"}': (
+                "0+6x120"
+            ),
+        },
     ),
     "PosttrainUpstreamErrors": (
         {
@@ -129,6 +135,9 @@ CASES = {
         {
             REQUESTS + '"200"}': "0+90x120",
             'posttrain_gateway_upstream_errors_total{model="m",version="1",code="timeout"}': "0+1x120",
+            'posttrain_gateway_upstream_errors_total{model="m",version="1",code="INVALID_ARGUMENT"}': (
+                "0+50x120"
+            ),
         },
     ),
     "PosttrainFirstTokenSlow": (
@@ -164,6 +173,10 @@ CASES = {
             'posttrain_gateway_reloads_total{what="keys",outcome="done"}': "_x89 1x30",
             'posttrain_gateway_reloads_total{what="keys",outcome="failed"}': "1x120",
         },
+    ),
+    "PosttrainMonitoringDrops": (
+        {'posttrain_gateway_monitoring_dropped_total{reason="database"}': "0+1x120"},
+        {'posttrain_gateway_monitoring_dropped_total{reason="database"}': "4x120"},
     ),
     "PosttrainModelDown": (
         {'nv_inference_request_success{model="other",version="1"}': "1x120"},

@@ -6,6 +6,7 @@ import io
 import json
 import random
 import sqlite3
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def test_votes_become_a_data_set_that_is_curated(tmp_path):
     votes = [vote("b", number=number) for number in range(30)] + [vote("tie"), vote("both_bad", number=1)]
     output = tmp_path / "prefs.jsonl"
     lineage = export(write_votes(tmp_path / "m.db", votes), output)
+    assert stat.S_IMODE(output.stat().st_mode) == 0o600, "as the database"
     row = json.loads(output.read_text(encoding="utf-8").splitlines()[3])
     assert row == {
         "prompt": ask(3),

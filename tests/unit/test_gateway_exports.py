@@ -21,6 +21,7 @@ from serving.gateway.keys import KEYS_VARIABLE, hash_key
 from serving.gateway.prompts import load_renderer
 from serving.gateway.routes import load_renderers
 from serving.gateway.server import Gateway
+from serving.monitor.store import Store
 from serving.repository import write_index
 
 TEMPLATES = {"1": "one{{ messages[0].content }}", "2": "two{{ messages[0].content }}"}
@@ -53,13 +54,14 @@ def spoil(export: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
 
 
-def write(path: Path, export: Path, **versions: int | None) -> Path:
+def write(path: Path, export: Path, *, monitoring: Any = None, **versions: int | None) -> Path:
     """A gateway's file with these versions of one model."""
     routes = {
         label: {"export": str(export), "triton": "127.0.0.1:1", "model_version": number}
         for label, number in versions.items()
     }
-    path.write_text(yaml.safe_dump({"models": {"desk": {"versions": routes}}}))
+    more = {"monitoring": monitoring} if monitoring else {}
+    path.write_text(yaml.safe_dump({"models": {"desk": {"versions": routes}}, **more}))
     return path
 
 
@@ -132,3 +134,28 @@ def test_a_reload_with_a_broken_tokenizer_keeps_the_old_routes(export, tmp_path,
     records = [record for record in dict.fromkeys(caplog.records) if record.message == "reload_failed"]
     details = [record.fields["detail"] for record in records]
     assert [detail == "RuntimeError" for detail in details] == [False, False, True]
+
+
+def test_the_check_says_when_the_database_cannot_be_used(export, tmp_path, monkeypatch):
+    monkeypatch.setenv(KEYS_VARIABLE, f"a:{hash_key('x')}")
+
+    def check(database: Path) -> tuple[int, str]:
+        file = write(tmp_path / "g.yaml", export, v=2, monitoring={"database": str(database)})
+        done = CliRunner().invoke(app, ["gateway", str(file), "--check"])
+        return done.exit_code, done.stderr
+
+    new, text = tmp_path / "new.sqlite", tmp_path / "text"
+    assert check(new)[0] == 0
+    assert not new.exists(), "a check makes nothing"
+    text.write_text("no database, but some text")
+    for wrong, why in (
+        (text, "file is not a database"),
+        (tmp_path, "unable to open database file"),
+        (tmp_path / "none" / "new.sqlite", "there is no directory"),
+    ):
+        code, said = check(wrong)
+        assert (code, f"{wrong} cannot be used ({why}" in said) == (2, True), said
+    store = Store(new, 0, 30)
+    store.write([])
+    assert check(new)[0] == 0, "while a gateway uses it"
+    store.close()

@@ -295,6 +295,28 @@ def test_a_request_without_a_key_is_nobodys_whatever_hashes_are_in_force(path: s
     assert call(guarded, "GET", path, "")[0] == 401
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        (b"localhost:8080", 200),
+        (b"127.0.0.1", 200),
+        (b"[::1]:8080", 200),
+        (b"site.example:8080", 403),
+        (b"127.0.0.1.site.example", 403),
+        (b"localhost@site.example", 403),
+        (b"[::1", 403),
+        (b"", 403),
+    ],
+)
+def test_without_keys_no_other_sites_name_is_answered(host: bytes, status: int) -> None:
+    """A page of that site, in a browser on this machine, could read the answers."""
+    metrics, config = Metrics(), GatewayConfig.model_validate({"models": MODELS, "authentication": "none"})
+    router = Router(LimitsConfig(), ThreadPoolExecutor(1))
+    app = create_app(router, Service(router, metrics, 8), metrics, Control(Counting().ready))
+    found = call(Guard(app, config, KeyRing([], None), metrics), "GET", "/v1/models", more=[(b"host", host)])
+    assert found[0] == status, found[2]
+
+
 def test_a_whole_request_has_its_time() -> None:
     limits = {"body_seconds": 60.0, "request_seconds": 0.05}
     status, _, text = call(guard(RuntimeError(SECRET), limits=limits), "GET", "/v1/models", wait=True)

@@ -411,10 +411,32 @@ async def overdue_stream(service: Service, exchange: Exchange) -> tuple[list[str
     request = CompletionRequest.model_validate({"model": "support", "prompt": "x", "stream": True})
     job, pieces = await service.start(request, exchange)
     first = await anext(pieces)
-    written = [text async for text in events_of(job.writer, first, pieces)]
+    written = [text async for text in events_of(job.writer, first, pieces, lambda: service.finish(job))]
     service.finish(job)
     service.finish(job)
     return written, job.state.running
+
+
+class Brief(Talking):
+    """An upstream that gives one token."""
+
+    async def stream(self, *_: Any) -> Any:
+        yield piece("a", "stop")
+
+
+async def running_by_event(service: Service, exchange: Exchange) -> list[tuple[str, int]]:
+    """The events of a stream, each with the requests of its key that were running when it came."""
+    request = CompletionRequest.model_validate({"model": "support", "prompt": "x", "stream": True})
+    job, pieces = await service.start(request, exchange)
+    first = await anext(pieces)
+    written = events_of(job.writer, first, pieces, lambda: service.finish(job))
+    return [(text, job.state.running) async for text in written]
+
+
+def test_who_has_read_the_last_event_may_ask_again_at_once():
+    exchange = Exchange("/v1/completions", "POST", "r1", key=key(max_concurrent=1))
+    found = asyncio.run(running_by_event(service_of(Brief()), exchange))
+    assert [(DONE in text, running) for text, running in found] == [(False, 1), (True, 0)]
 
 
 def test_an_answer_that_takes_too_long_ends_with_an_event_that_says_so():

@@ -144,6 +144,7 @@ def test_several_streams_of_a_request_are_several_spans(spans):
         (400, "400", "400", False),
         (429, "tokens", "tokens", False),
         (499, "client_gone", "client_gone", False),
+        (200, "client_gone", "client_gone", False),
         (500, None, "500", True),
         (504, "timeout", "timeout", True),
         (0, None, "0", True),

@@ -10,6 +10,7 @@ import stat
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,16 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[logging.LogRecord]]
 def test_a_request_is_a_row_and_its_text_is_redacted(path):
     store = open_store(path)
     measured = {"prompt_tokens": 7, "completion_tokens": 3, "finish_reason": "stop", "first_token_s": 0.25}
-    store.write([entry(1, **measured, seconds=1.5, stream=True)])
+    asked = entry(1, **measured, seconds=1.5, stream=True)
+    answer = replace(asked.text, completion_tokens=2, finish_reason="length")
+    store.write([replace(asked, text=answer)])
     assert rows(path, "SELECT * FROM requests") == [
         ("r1", NOON, "desk", "v1", "/v1/completions", 200, 1, "alice", 7, 3, "stop", 0.25, 1.5)
     ]
     (sample,) = rows(path, "SELECT * FROM samples")
     assert sample[:5] == ("r1", "2026-09-21", NOON, "desk", "v1")
     assert json.loads(sample[5]) == [{"role": "user", "content": "I am [EMAIL_1]"}]
-    assert sample[6:10] == ("answer 1 for [EMAIL_1]", 7, 3, "stop")
+    assert sample[6:10] == ("answer 1 for [EMAIL_1]", 7, 2, "length"), "of this answer, not of all"
     assert (json.loads(sample[10]), *sample[11:]) == ({"EMAIL": 2}, None, None)
     assert b"ann@shop.example" not in b"".join(file.read_bytes() for file in path.parent.iterdir())
 
@@ -98,6 +101,17 @@ def test_only_the_owner_can_read_the_files(path):
     store.write([entry(1)])
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     assert modes == dict.fromkeys((path.name, f"{path.name}-wal", f"{path.name}-shm"), 0o600)
+
+
+def test_what_is_no_database_is_refused_and_left_as_it_is(path):
+    folder, text = path.parent / "folder", path.parent / "text"
+    folder.mkdir(0o755)
+    text.write_text("a configuration, named by mistake")
+    text.chmod(0o644)
+    for wrong, mode in ((folder, 0o755), (text, 0o644)):
+        with pytest.raises(UserError, match=f"{wrong.name} cannot be used"):
+            open_store(wrong)
+        assert stat.S_IMODE(wrong.stat().st_mode) == mode
 
 
 def test_an_id_that_a_client_repeats_is_another_request(path):

@@ -88,6 +88,18 @@ def test_personal_data_is_redacted_in_every_text_unless_told_not_to(tmp_path: Pa
     assert row["comment"] == f"{mail} again"
 
 
+def test_a_pair_has_the_same_texts_on_whichever_sides_it_stood(tmp_path: Path) -> None:
+    """In blind mode a coin decides, and `posttrain feedback` finds a pair again by its texts."""
+    first, second = "Write to ann@shop.example.", "Write to bob@shop.example."
+    store = VoteStore(tmp_path / "m.sqlite")
+    for a, b in ((first, second), (second, first)):
+        asyncio.run(store.add(replace(VOTE, answer_a=a, answer_b=b)))
+    store.close()
+    one, other = kept(tmp_path / "m.sqlite")
+    assert (one["answer_a"], one["answer_b"]) == (other["answer_b"], other["answer_a"])
+    assert one["answer_a"] != one["answer_b"]
+
+
 def test_readers_of_other_processes_take_nothing_away(tmp_path: Path) -> None:
     """Two connections here, as in the gateway, and a reader elsewhere that closes the file between writes."""
     path = tmp_path / "m.sqlite"

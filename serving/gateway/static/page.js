@@ -169,7 +169,10 @@ async function compare(round, signal) {
   const panes = versions.map((name, index) => new Pane(blind ? "Version hidden" : name, "AB"[index]));
   follow(() => round.node.append(make("div", "pair", ...panes.map((pane) => pane.node))));
   if (blind) panes.forEach((pane) => pane.note.classList.add("veiled"));
-  await Promise.all(panes.map((pane, index) => pane.ask(versions[index], round, signal)));
+  const ask = (index) => panes[index].ask(versions[index], round, signal);
+  // A key that may only ask once at a time gets its answers one after the other.
+  if (known.limits.concurrent === 1) for (const index of panes.keys()) await ask(index);
+  else await Promise.all([ask(0), ask(1)]);
   if (panes.some((pane) => pane.failed || pane.stopped)) {
     reveal(panes, versions);
     giveBack(round);

@@ -417,6 +417,7 @@ def stream_head(**fields: Any) -> bytes:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(gateway, stream, n):
     """The gateway notices, takes every answer of the request out of Triton, and books what was sent."""
+    left = gateway.metric("posttrain_gateway_disconnects_total")
     with socket.create_connection(("127.0.0.1", gateway.port), timeout=60) as connection:
         connection.sendall(stream_head(stream=stream, n=n))
         if stream:
@@ -424,7 +425,8 @@ def test_a_client_that_leaves_frees_its_place(gateway, stream, n):
     line = gateway.wait_for("request")
     while line["model" if "model" in line else "endpoint"] != "long":
         line = gateway.wait_for("request")
-    assert line["status"] == (200 if stream else 499)
+    assert (line["status"], line["reason"]) == (200 if stream else 499, "client_gone")
+    assert gateway.metric("posttrain_gateway_disconnects_total") == left + 1
     assert line["completion_tokens"] < 200 * n
     assert line["finish_reason"] is None
     assert gateway.metric("posttrain_gateway_in_flight") == 0

@@ -176,6 +176,22 @@ def test_a_request_that_fails_is_kept_in_numbers_only(monitored):
     assert rows(monitored, "SELECT * FROM samples WHERE request_id = 'refused'") == []
 
 
+def test_of_several_answers_the_sample_has_the_first_and_what_belongs_to_it(monitored):
+    """Another seed makes the second longer or shorter; the request counts both."""
+    answer = monitored.client().chat.completions.create(**ASKED | {"max_tokens": 40, "n": 2})
+    alone = monitored.client().chat.completions.create(**ASKED | {"max_tokens": 40})
+    name = answer.id.removeprefix("chatcmpl-")
+    assert settled(monitored, name)[0] == 200
+    columns = "answer, completion_tokens, finish_reason"
+    first = alone.choices[0]
+    assert rows(monitored, f"SELECT {columns} FROM samples WHERE request_id = ?", name) == [
+        (first.message.content, alone.usage.completion_tokens, first.finish_reason)
+    ]
+    found = rows(monitored, "SELECT completion_tokens FROM requests WHERE id = ?", name)
+    assert found == [(answer.usage.completion_tokens,)]
+    assert answer.usage.completion_tokens > alone.usage.completion_tokens
+
+
 def test_feedback_flags_the_sample_of_the_key_that_asked(monitored):
     answer = monitored.client().chat.completions.create(**ASKED)
     told = {"request_id": answer.id, "rating": "down", "comment": f"no, to {EMAIL}"}

@@ -231,6 +231,14 @@ def test_a_blind_vote_names_the_version_that_wrote_the_answer(visit, client, dat
     assert rows(database)[-1] == row, "a second vote on the same answers"
 
 
+def test_a_key_that_asks_one_at_a_time_compares_too(visit):
+    """dora's key would be refused with 429 for the second of two requests at once."""
+    visitor = visit()
+    visitor.open("pt-dora")
+    visitor.compare("long@only", "long@only", blind=False)
+    assert len(set(visitor.answers(2))) == 1, "the same seed"
+
+
 def test_where_votes_are_not_kept_the_page_says_why_and_asks_for_none(visit):
     visitor = visit()
 
