@@ -140,7 +140,7 @@ class EmbeddedServer:
         self._supervisor = subprocess.Popen(
             command + self._arguments(work_dir),
             stdin=subprocess.PIPE,
-            env=self._variables(),
+            env=self._variables(work_dir),
             start_new_session=True,
         )
         try:
@@ -199,7 +199,8 @@ class EmbeddedServer:
         work_dir = Path(tempfile.mkdtemp(prefix="posttrain-triton-"))
         python = work_dir / "backends" / "python"
         python.mkdir(parents=True)
-        (work_dir / "cwd").mkdir()
+        for name in ("cwd", "tmp"):
+            (work_dir / name).mkdir()
         # A linked library is refused ("escapes backend directory"); a copied stub finds no libcudart.
         shutil.copy2(triton / "backends/python/libtriton_python.so", python)
         for target in (
@@ -237,7 +238,7 @@ class EmbeddedServer:
             "--disable-auto-complete-config",
         ]
 
-    def _variables(self) -> dict[str, str]:
+    def _variables(self, work_dir: Path) -> dict[str, str]:
         libraries = subprocess.run(
             [
                 self.environment / "bin/python3",
@@ -257,6 +258,8 @@ class EmbeddedServer:
             # The stub takes its prefix from the first python3 on PATH, and needs that one's libpython.
             "PATH": os.pathsep.join([str(self.environment / "bin"), os.environ.get("PATH", os.defpath)]),
             "LD_LIBRARY_PATH": libraries,
+            # What torch and its like leave there goes with the rest.
+            "TMPDIR": str(work_dir / "tmp"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",

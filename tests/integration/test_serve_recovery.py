@@ -95,7 +95,7 @@ def _signal(server: EmbeddedServer, program: str, number: signal.Signals, part: 
 def _hit_under_load(
     client: TritonClient, hit: Callable[[], None], within: float = ANSWERED_WITHIN_SECONDS
 ) -> None:
-    """Eight clients, each asking one stream after another, when it hits: each is told in time that it failed."""
+    """Eight clients ask for one stream after another when it hits: each is told in time that it failed."""
     begun, over = Semaphore(0), Event()
 
     def ask() -> None:
