@@ -21,12 +21,13 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from posttrain.errors import PosttrainError, UserError
-from serving.ports import check_free, free_ports
+from serving.ports import free_ports, reserve
 
 ENV_VARIABLE = "POSTTRAIN_TRITON_ENV"
 GRACE_SECONDS = 8.0
@@ -106,6 +107,7 @@ class EmbeddedServer:
         self.metrics_url = f"127.0.0.1:{metrics_port or ports[2]}"
         self.shm_prefix = f"posttrain-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
         self._supervisor: subprocess.Popen[bytes] | None = None
+        self._ports = ExitStack()
 
     def __enter__(self) -> EmbeddedServer:
         self.start()
@@ -122,8 +124,10 @@ class EmbeddedServer:
         Raises UserError when a port is taken (another server there could pass for this one), and
         PosttrainError with the end of the log when the model never answers.
         """
-        for url in (self.http_url, self.grpc_url, self.metrics_url):
-            check_free(url)
+        with ExitStack() as ports:
+            for url in (self.http_url, self.grpc_url, self.metrics_url):
+                ports.enter_context(reserve(url))
+            self._ports = ports.pop_all()
         work_dir = self._prepare()
         self.log_file.write_bytes(b"")
         settings = {
@@ -164,6 +168,7 @@ class EmbeddedServer:
             self._supervisor.terminate()
             self._supervisor.wait()
         self._supervisor = None
+        self._ports.close()
 
     def running(self) -> bool:
         """Whether the server is there, or on its way back. False for good once the supervisor gave it up."""
