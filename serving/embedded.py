@@ -21,12 +21,13 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 
 from posttrain.errors import PosttrainError, UserError
-from serving.ports import check_free, free_ports
+from serving.ports import free_ports, reserve
 
 ENV_VARIABLE = "POSTTRAIN_TRITON_ENV"
 GRACE_SECONDS = 8.0
@@ -106,6 +107,7 @@ class EmbeddedServer:
         self.metrics_url = f"127.0.0.1:{metrics_port or ports[2]}"
         self.shm_prefix = f"posttrain-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
         self._supervisor: subprocess.Popen[bytes] | None = None
+        self._ports = ExitStack()
 
     def __enter__(self) -> EmbeddedServer:
         self.start()
@@ -122,8 +124,10 @@ class EmbeddedServer:
         Raises UserError when a port is taken (another server there could pass for this one), and
         PosttrainError with the end of the log when the model never answers.
         """
-        for url in (self.http_url, self.grpc_url, self.metrics_url):
-            check_free(url)
+        with ExitStack() as ports:
+            for url in (self.http_url, self.grpc_url, self.metrics_url):
+                ports.enter_context(reserve(url))
+            self._ports = ports.pop_all()
         work_dir = self._prepare()
         self.log_file.write_bytes(b"")
         settings = {
@@ -140,7 +144,7 @@ class EmbeddedServer:
         self._supervisor = subprocess.Popen(
             command + self._arguments(work_dir),
             stdin=subprocess.PIPE,
-            env=self._variables(),
+            env=self._variables(work_dir),
             start_new_session=True,
         )
         try:
@@ -164,6 +168,7 @@ class EmbeddedServer:
             self._supervisor.terminate()
             self._supervisor.wait()
         self._supervisor = None
+        self._ports.close()
 
     def running(self) -> bool:
         """Whether the server is there, or on its way back. False for good once the supervisor gave it up."""
@@ -199,7 +204,8 @@ class EmbeddedServer:
         work_dir = Path(tempfile.mkdtemp(prefix="posttrain-triton-"))
         python = work_dir / "backends" / "python"
         python.mkdir(parents=True)
-        (work_dir / "cwd").mkdir()
+        for name in ("cwd", "tmp"):
+            (work_dir / name).mkdir()
         # A linked library is refused ("escapes backend directory"); a copied stub finds no libcudart.
         shutil.copy2(triton / "backends/python/libtriton_python.so", python)
         for target in (
@@ -237,7 +243,7 @@ class EmbeddedServer:
             "--disable-auto-complete-config",
         ]
 
-    def _variables(self) -> dict[str, str]:
+    def _variables(self, work_dir: Path) -> dict[str, str]:
         libraries = subprocess.run(
             [
                 self.environment / "bin/python3",
@@ -257,6 +263,8 @@ class EmbeddedServer:
             # The stub takes its prefix from the first python3 on PATH, and needs that one's libpython.
             "PATH": os.pathsep.join([str(self.environment / "bin"), os.environ.get("PATH", os.defpath)]),
             "LD_LIBRARY_PATH": libraries,
+            # What torch and its like leave there goes with the rest.
+            "TMPDIR": str(work_dir / "tmp"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",

@@ -221,8 +221,8 @@ def _serve_api(server: EmbeddedServer, run_gateway: RunGateway, file: Path) -> N
                 return
 
     watcher = threading.Thread(target=watch)
-    watcher.start()
     try:
+        watcher.start()
         run_gateway(file, ())
     except KeyboardInterrupt:
         # Before the gateway catches signals; the watcher's too.
@@ -230,7 +230,8 @@ def _serve_api(server: EmbeddedServer, run_gateway: RunGateway, file: Path) -> N
             raise
     finally:
         finished.set()
-        watcher.join()
+        if watcher.is_alive():
+            watcher.join()
     if not server.running():
         raise _given_up(server)
 

@@ -28,3 +28,21 @@ def check_free(url: str, remedy: str = "choose another") -> None:
             probe.bind((host, int(port)))
         except OSError as error:
             raise UserError(f"{url}: the port cannot be used ({error.strerror})\n    {remedy}") from error
+
+
+def reserve(url: str) -> socket.socket:
+    """Keep "host:port" from other servers of this machine that reserve too, until the result is closed.
+
+    A server listens seconds after its port was found free: another one that starts meanwhile would pass for
+    it. The reservation is a Unix socket's abstract name, which ends with its process and is no file (Linux).
+
+    Raises UserError when something listens there, or it is reserved.
+    """
+    check_free(url)
+    held = socket.socket(socket.AF_UNIX)
+    try:
+        held.bind(f"\0posttrain-port-{url}")
+    except OSError as error:
+        held.close()
+        raise UserError(f"{url}: another server is about to use the port\n    choose another") from error
+    return held

@@ -91,10 +91,10 @@ class Server:
                 start_new_session=True,
             )
 
-    def becomes_ready(self) -> bool:
-        """Whether it is ready now, where it was not before; from then on it is probed."""
+    def becomes_ready(self, told: bool) -> bool:
+        """Whether it is ready now, or its owner told that it was (it may hang since); then it is probed."""
         self._look_for_stubs()
-        if self._ask("GET", f"/v2/models/{self.settings.model}/ready")[0] != 200:
+        if not told and self._ask("GET", f"/v2/models/{self.settings.model}/ready")[0] != 200:
             return False
         self.ready, self._answered = True, time.monotonic()
         self.loaded = {name for name, _ in self._served(ANSWER_SECONDS) or ()}
@@ -216,7 +216,7 @@ class Supervisor:
             if failure := server.failure():
                 return failure
             waited = time.monotonic() - began
-            if not server.ready and server.becomes_ready() and restarted:
+            if not server.ready and server.becomes_ready(self.told_ready and not restarted) and restarted:
                 self._say(f"ready again after {waited:.1f} s")
             elif not server.ready and restarted and waited > self.settings.start_timeout_s:
                 return f"not ready again after {waited:.0f} s (start_timeout_s)"

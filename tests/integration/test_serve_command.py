@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import serving.foreground
 from posttrain.stage import execute_stage
 from serving.client import post_json
 from serving.config import ExportConfig
@@ -147,6 +148,9 @@ class Served:
     def __init__(self, scratch: Path, *arguments: str | Path) -> None:
         scratch.mkdir()
         variables = {**os.environ, "PYTHONPATH": str(ROOT), ENV_VARIABLE: str(ENVIRONMENT)}
+        if "--gateway" not in arguments:
+            # Set by torch in this process; without it a server's torch makes a folder in TMPDIR.
+            variables.pop("TORCHINDUCTOR_CACHE_DIR", None)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "posttrain", "serve", *map(str, arguments)],
             env=variables | {"TMPDIR": str(scratch)},
@@ -180,6 +184,37 @@ class Served:
         assert list(self.scratch.iterdir()) == []
         assert list(Path("/dev/shm").glob(f"{self.prefix}*")) == []
         assert processes_of(self.prefix) == {}
+
+
+def test_an_interrupt_while_the_gateway_is_about_to_start_sends_no_signal_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that watches the server ends too, instead of taking the stopped server for a failed one."""
+    sent: list[tuple[int, int]] = []
+    watchers: list[threading.Thread] = []
+
+    class Interrupted(threading.Thread):
+        def start(self) -> None:
+            super().start()
+            watchers.append(self)
+            raise KeyboardInterrupt
+
+    class Server:
+        up = True
+
+        def running(self) -> bool:
+            return self.up
+
+    server = Server()
+    monkeypatch.setattr(serving.foreground.os, "kill", lambda *call: sent.append(call))
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "Thread", Interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            serving.foreground._serve_api(server, lambda *_: None, tmp_path)
+    server.up = False
+    watchers[0].join(TIMEOUT)
+    assert not watchers[0].is_alive()
+    assert sent == []
 
 
 @needs_triton

@@ -15,6 +15,7 @@ from serving.config import ExportConfig, ServeConfig, check_export, check_serve
 from serving.contract import INPUTS, OUTPUTS, render_config
 from serving.embedded import EmbeddedServer, find_environment
 from serving.portable import without_added_tokens
+from serving.ports import free_ports, reserve
 from serving.targets import Layout
 from serving.weights import context_length
 
@@ -100,6 +101,14 @@ def test_a_taken_port_is_refused_before_anything_starts(tmp_path):
         with pytest.raises(UserError, match=f"127.0.0.1:{port}: the port cannot be used"):
             server.start()
     assert not (tmp_path / "log").exists()
+
+
+def test_a_port_is_reserved_before_anything_listens_on_it():
+    """Two servers that start at once: the second would take the first one's answers for its own."""
+    url = f"127.0.0.1:{free_ports(1)[0]}"
+    with reserve(url), pytest.raises(UserError, match=f"{url}: another server is about to use the port"):
+        reserve(url)
+    reserve(url).close()
 
 
 def test_config_pbtxt_spells_out_every_tensor():

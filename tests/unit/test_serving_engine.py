@@ -9,6 +9,7 @@ import torch
 
 from posttrain.models import load_causal_lm, load_tokenizer
 from serving.backends.vllm.adapters import Adapters
+from serving.backends.vllm.batching import PagedBatch
 from serving.backends.vllm.engine import Engine, Limits
 from serving.backends.vllm.sampling import RequestError, SamplingParams
 from tests.conftest import random_adapter
@@ -185,6 +186,21 @@ def test_a_gone_client_is_dropped(engine):
     assert len(sink.updates) == 8
 
 
+def test_a_client_that_goes_while_its_prompt_is_read_is_dropped(loaded, monkeypatch):
+    """Of a prompt of eight pieces no more than the first are computed."""
+    monkeypatch.setattr("serving.backends.vllm.batching.MAX_BATCH_TOKENS", 16)
+    engine = Engine(*loaded, Limits(max_model_len=128, max_active=4))
+    passes = []
+    hook = loaded[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    sink = Collector()
+    sink.cancelled = lambda: len(passes) >= 2
+    engine.submit("é" * 62, SamplingParams(), sink)
+    engine.close()
+    hook.remove()
+    assert sink.updates == []
+    assert len(passes) == 2
+
+
 def test_a_full_queue_is_said_so(loaded):
     engine = Engine(*loaded, Limits(max_model_len=128, max_queue=0))
     with pytest.raises(RequestError, match="queue is full") as caught:
@@ -292,6 +308,7 @@ def test_answers_do_not_depend_on_room_or_on_how_prompts_are_cut(loaded, monkeyp
     monkeypatch.setattr("serving.backends.vllm.batching.CACHE_BYTES", 1)
     monkeypatch.setattr("serving.backends.vllm.batching.MAX_BATCH_TOKENS", 8)
     engine = Engine(*loaded, Limits(max_model_len=128, max_active=4))
+    assert isinstance(engine._batch, PagedBatch), "in turns there is neither a cache nor pieces"
     prompts = [PROMPT + "x " * count for count in range(0, 16, 2)]
     sinks = [_ask(engine, prompt, ignore_eos=True, max_tokens=20) for prompt in prompts]
     for prompt, sink in zip(prompts, sinks, strict=True):

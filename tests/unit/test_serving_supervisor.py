@@ -42,11 +42,16 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def do_GET(self):
+        if behaviour == "hangs at once":
+            (directory / "up").write_text("up")
+            time.sleep(60)
         self.answer(200, "")
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path.endswith("/index"):
+        if behaviour == "hangs at once":
+            time.sleep(60)
+        elif self.path.endswith("/index"):
             served = [{"name": name, "version": "1", "state": "READY"} for name in ("desk", "next")]
             self.answer(200, json.dumps(served))
             if behaviour == "dies":
@@ -195,6 +200,19 @@ def test_a_server_that_fails_comes_back_with_its_models(place, first):
     why = "ended with status 5" if first == "dies" else "no answer to a probe for 0."
     assert why in said
     assert "desk: ready again after " in said
+    _assert_nothing_left(place)
+
+
+def test_a_server_that_hangs_before_the_supervisor_saw_it_ready_comes_back(place):
+    """Its owner was first, and says so."""
+    supervisor = _supervise(place, "hangs at once,serves", probe_timeout_s=0.5)
+    assert (place[0] / "up").read_text() == "up"
+    supervisor.stdin.write("ready")
+    supervisor.stdin.flush()
+    assert (place[0] / "up").read_text() == "up"
+    assert _runs(place) == [[], []]
+    _, said = supervisor.communicate(timeout=TIMEOUT)
+    assert "no answer to a probe for " in said
     _assert_nothing_left(place)
 
 

@@ -176,7 +176,7 @@ class Engine:
     def _step(self) -> None:
         """One forward pass, and what it adds to the answers."""
         for answer in list(self._active.values()):
-            if answer.drawn and answer.is_gone():
+            if answer.is_gone():
                 self._remove(answer)
         if not self._active:
             return

@@ -68,7 +68,7 @@ class Answer:
     finished: bool = field(default=False)
 
     def is_gone(self) -> bool:
-        """Whether the client has gone, asked every few tokens; then the answer is finished."""
+        """Whether the client has gone, asked until the first token and every few later; then it is over."""
         if self.drawn % CANCEL_CHECK_EVERY == 0:
             try:
                 self.finished = self.sink.cancelled()

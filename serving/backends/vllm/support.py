@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from serving.backends.vllm.batching import AdaptersLike, PagedBatch
+from serving.backends.vllm.batching import PAGE_TOKENS, AdaptersLike, PagedBatch
 from serving.backends.vllm.turns import Turns
 
 PROBE_LENGTHS = (9, 6)
@@ -55,7 +55,9 @@ def _problem(model: Any, expected: list[torch.Tensor]) -> str | None:
     if model.config.get_text_config().to_dict().get("attn_logit_softcapping") is not None:
         return "its attention caps its scores, which transformers leaves out in a batch"
     try:
-        difference = _difference(PagedBatch(model, None, max(PROBE_LENGTHS), 2), expected)
+        # As long as all probes together: then there is room for all of them, however little a cache may take.
+        longest = PAGE_TOKENS * len(PROBE_LENGTHS)
+        difference = _difference(PagedBatch(model, None, longest, len(PROBE_LENGTHS)), expected)
     except Exception as error:
         # Whatever keeps the model from being computed this way is no fault: there is the other way.
         return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from threading import Semaphore
+from threading import Event, Semaphore
 from typing import Any
 
 import openai
@@ -35,29 +35,33 @@ def test_clients_get_errors_and_then_answers_again(
     """Both models come back, also the one that was loaded through Triton's API."""
     gateway = start_gateway(settings)
     before = _answer(gateway.client())
-    begun = Semaphore(0)
+    begun, over = Semaphore(0), Event()
 
-    def ask() -> int:
-        """Pieces of one streamed answer."""
-        stream = gateway.client().chat.completions.create(
-            model="long", messages=ASKED, temperature=0, max_tokens=150, stream=True
-        )
-        next(stream)
-        begun.release()
-        return len(list(stream))
+    def ask() -> None:
+        """One streamed answer after another, until there is none."""
+        while not over.is_set():
+            stream = gateway.client().chat.completions.create(
+                model="long", messages=ASKED, temperature=0, max_tokens=150, stream=True
+            )
+            next(stream)
+            begun.release()
+            list(stream)
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         asked = [pool.submit(ask) for _ in range(CLIENTS)]
-        for _ in asked:
-            assert begun.acquire(timeout=START_SECONDS)
-        for pid, arguments in processes_of(triton.shm_prefix).items():
-            if arguments[0].endswith("triton_python_backend_stub"):
-                os.kill(pid, signal.SIGKILL)
-        done, waiting = wait(asked, timeout=ANSWERED_WITHIN_SECONDS)
+        try:
+            for _ in asked:
+                assert begun.acquire(timeout=START_SECONDS)
+            for pid, arguments in processes_of(triton.shm_prefix).items():
+                if arguments[0].endswith("triton_python_backend_stub"):
+                    os.kill(pid, signal.SIGKILL)
+            done, waiting = wait(asked, timeout=ANSWERED_WITHIN_SECONDS)
+        finally:
+            over.set()
         assert waiting == set()
-    failures = [request.exception() for request in done if request.exception() is not None]
-    assert failures, "all answers were complete before it hit"
-    assert {type(failure) for failure in failures} == {openai.APIError}
+    # An answer under way breaks off; the next question is refused.
+    failures = {type(request.exception()) for request in done}
+    assert failures <= {openai.APIError, openai.InternalServerError}
 
     with pytest.raises(openai.InternalServerError) as refused:
         _answer(gateway.client())
