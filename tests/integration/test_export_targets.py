@@ -114,6 +114,7 @@ BACKEND_MODULES = (
     "detokenise",
     "drawing",
     "engine",
+    "packed",
     "responses",
     "sampling",
     "sequences",

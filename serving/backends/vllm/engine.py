@@ -22,6 +22,7 @@ import torch
 from serving.backends.vllm.batching import AdaptersLike
 from serving.backends.vllm.detokenise import AnswerText
 from serving.backends.vllm.drawing import draw
+from serving.backends.vllm.packed import pack_linear_layers
 from serving.backends.vllm.sampling import RequestError, SamplingParams
 from serving.backends.vllm.sequences import Answer, LogprobReader, Sink, TokenLogprob, Update
 from serving.backends.vllm.support import choose_batching
@@ -57,6 +58,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.limits = limits
         self.stop_ids = end_of_turn_ids(model, tokenizer)
+        pack_linear_layers(model)
         self._new_batch = choose_batching(model, adapters, limits.max_model_len, limits.max_active)
         self._batch: Any = self._new_batch()
         self._logprobs = LogprobReader(tokenizer)
