@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from serving.backends.vllm import packed
-from serving.backends.vllm.packed import FEWEST_ROWS, pack_linear_layers
+from serving.backends.vllm.packed import FEWEST_ROWS, pack_linear_layers, padded_rows
 
 
 class Layers(nn.Module):
@@ -46,6 +46,13 @@ def _counting(calls: list[None]):
         return original(*arguments)
 
     return linear
+
+
+def test_few_numbers_of_rows_are_computed() -> None:
+    assert [padded_rows(count) for count in (4, 5, 8, 29, 32, 33, 64, 65, 256)] == [
+        4, 8, 8, 32, 32, 64, 64, 96, 256,
+    ]  # fmt: skip
+    assert len({padded_rows(count) for count in range(FEWEST_ROWS, 257)}) == 15
 
 
 def test_other_precisions_and_large_models_have_no_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
