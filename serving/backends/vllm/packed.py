@@ -63,6 +63,6 @@ class _Product:
 
 
 def padded_rows(count: int) -> int:
-    """The next number of rows that products are computed for: multiples of 4 up to 32, then of 32."""
-    step = 4 if count <= 32 else 32
+    """The next number of rows that is computed: multiples of 4, from 32 on of 8, from 128 on of 32."""
+    step = 4 if count <= 32 else 8 if count <= 128 else 32
     return -(-count // step) * step
