@@ -28,7 +28,7 @@ def pack_linear_layers(model: Any) -> int:
     Layers of under MIN_WEIGHTS weights have none; where the copies would take more than MAX_BYTES, no layer
     has. Returns how many have one.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and _gains(layer.weight)]
+    layers: list[Any] = [each for each in model.modules() if type(each) is nn.Linear and _gains(each.weight)]
     size = sum(layer.weight.nbytes for layer in layers)
     if not torch.backends.mkldnn.is_available() or size > MAX_BYTES:
         return 0
