@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +133,7 @@ def run_datasketch(texts: Sequence[str], truth: Sequence[Sequence[int]]) -> dict
     started = time.perf_counter()
     signatures = MinHash.bulk(word_shingles(texts), num_perm=128, seed=1)
     index = MinHashLSH(threshold=THRESHOLD, num_perm=128)
-    earlier: list[set[int]] = []
-    for number, signature in enumerate(signatures):
-        earlier.append(set(index.query(signature)))
-        index.insert(number, signature)
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "found": sum(left in earlier[right] for left, right in truth),
-        "pairs": sum(map(len, earlier)),
-        "bands_x_rows": f"{index.b} x {index.r}",
-    }
+    return _candidates(started, index, signatures, truth) | {"bands_x_rows": f"{index.b} x {index.r}"}
 
 
 def run_rensa(texts: Sequence[str], truth: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -153,6 +143,13 @@ def run_rensa(texts: Sequence[str], truth: Sequence[Sequence[int]]) -> dict[str,
     started = time.perf_counter()
     signatures = RMinHash.from_token_sets(word_shingles(texts), num_perm=128, seed=1)
     index = RMinHashLSH(threshold=THRESHOLD, num_perm=128, num_bands=16)
+    return _candidates(started, index, signatures, truth) | {"bands_x_rows": "16 x 8"}
+
+
+def _candidates(
+    started: float, index: Any, signatures: Iterable[Any], truth: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Every text asked for among those before it, then added: seconds since `started`, true pairs, pairs."""
     earlier: list[set[int]] = []
     for number, signature in enumerate(signatures):
         earlier.append(set(index.query(signature)))
@@ -162,7 +159,6 @@ def run_rensa(texts: Sequence[str], truth: Sequence[Sequence[int]]) -> dict[str,
         "seconds": seconds,
         "found": sum(left in earlier[right] for left, right in truth),
         "pairs": sum(map(len, earlier)),
-        "bands_x_rows": "16 x 8",
     }
 
 

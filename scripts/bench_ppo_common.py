@@ -6,7 +6,6 @@ No torch at import: the parent process stays small and only starts others.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -14,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from bench_settings import SettingsFile
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 PAD, EOS, FIRST_TOKEN = 0, 1, 2
@@ -25,7 +26,7 @@ PAD, EOS, FIRST_TOKEN = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SettingsFile):
     """One comparison. Lengths in tokens, batches in responses; updates are rollouts with their K passes.
 
     micro_batch_size is both sides'. On a CPU 2 is the best of both: the peer is as fast as with 8 and needs
@@ -68,13 +69,6 @@ class Settings:
     def lora(self) -> dict[str, Any]:
         """Arguments of peft's LoraConfig, for every adapter of both sides."""
         return {"r": self.lora_rank, "lora_alpha": 2 * self.lora_rank, "target_modules": "all-linear"}
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> Settings:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 QUICK = replace(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
+
+from bench_settings import SettingsFile
 
 MODEL = "bench"
 """Name of the model in the repository, and of the gateway's model."""
@@ -17,7 +19,7 @@ SHORT_TOKENS, LONG_TOKENS = 4, 128
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SettingsFile):
     """One load test. Sizes of the Llama-architecture model; lengths in tokens, drawn evenly from MIN to MAX.
 
     vocabulary: rows of the head; the tokenizer's own size where that is larger. threads: OMP_NUM_THREADS of
@@ -42,13 +44,6 @@ class Settings:
     batcher_delay_us: int = 10_000
     threads: int = 1
     seed: int = 0
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> Settings:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 QUICK = replace(

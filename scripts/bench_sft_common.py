@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+
+from bench_settings import SettingsFile
 
 TRL_DEFAULTS = {"activation_checkpointing": True, "bf16": True, "train_sampling_strategy": "random"}
 """Where TRL 1.16's SFTConfig differs from what our stage takes by itself."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(SettingsFile):
     """One ladder. Sizes of the Llama-architecture model; batch_size in dialogues, as TRL counts it; warmup:
     steps at the start of a run that are not timed."""
 
@@ -34,13 +34,6 @@ class Settings:
     eval_fraction: float = 0.04
     threads: int = 2
     seed: int = 0
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> Settings:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
 SMOKE = Settings(
