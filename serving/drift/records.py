@@ -18,6 +18,7 @@ from typing import Any
 from data_prep.dataset import read_info, read_split
 from posttrain.errors import DataError
 from posttrain.hashing import hash_dataset
+from serving.monitor.database import connect_to_read
 
 Messages = list[dict[str, str]]
 
@@ -193,7 +194,7 @@ def read_samples(path: Path, selection: Selection) -> list[Record]:
     query = f"SELECT {{}} FROM samples WHERE {' AND '.join(['1', *chosen])}"
     values = list(chosen.values())
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+        with closing(connect_to_read(path)) as database:
             models = [row[0] for row in database.execute(query.format("DISTINCT model"), values)]
             columns = (
                 "request_id, day, time, model, version, messages, answer, finish_reason, redactions, flag"

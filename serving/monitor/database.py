@@ -43,6 +43,11 @@ def connect(
     return connection
 
 
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """A connection that changes nothing; the gateway may be writing. Raises sqlite3.Error."""
+    return sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+
+
 def check_usable(path: Path) -> None:
     """Raises UserError where a gateway could not write this file. Makes and changes nothing."""
     try:

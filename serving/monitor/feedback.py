@@ -24,6 +24,7 @@ from posttrain.errors import DataError, UserError
 from posttrain.hashing import hash_file, hash_json
 from posttrain.rundir import atomic_write_json, atomic_write_text
 from serving.gateway.keys import ANONYMOUS as ANONYMOUS_KEY
+from serving.monitor.database import connect_to_read
 
 LINEAGE_VERSION = 1
 ANONYMOUS = ANONYMOUS_KEY.name
@@ -225,7 +226,7 @@ def _opened(database: Path) -> Iterator[sqlite3.Connection]:
             f"{database}: no such file\n"
             "    name the file of `monitoring.database` in the gateway's configuration"
         )
-    connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)
+    connection = connect_to_read(database)
     connection.row_factory = sqlite3.Row
     try:
         connection.execute("SELECT count(*) FROM sqlite_master")
