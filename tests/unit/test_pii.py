@@ -179,6 +179,39 @@ def test_no_pattern_can_backtrack_far(rule):
     assert ways <= 1000
 
 
+CHOICES = (op.MAX_REPEAT, op.MIN_REPEAT, op.BRANCH, op.ASSERT, op.ASSERT_NOT)
+
+
+def possessive_choices(pattern, inside=False):
+    """Choices within possessive repeats."""
+    for code, argument in pattern:
+        if inside and code in CHOICES:
+            yield code
+        if code is op.SUBPATTERN:
+            inner = [argument[3]]
+        elif code is op.BRANCH:
+            inner = argument[1]
+        elif code in (op.ASSERT, op.ASSERT_NOT):
+            inner = [argument[1]]
+        elif code in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
+            inner = [argument[2]]
+        else:
+            inner = []
+        for item in inner:
+            yield from possessive_choices(item, inside or code is op.POSSESSIVE_REPEAT)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.type)
+def test_every_python_matches_it_alike(rule):
+    """Before 3.11.5 a possessive repeat of something with a choice in it may fail where it fits."""
+    assert list(possessive_choices(regex_parser.parse(rule.pattern.pattern, rule.pattern.flags))) == []
+
+
+def test_choices_within_possessive_repeats_are_seen():
+    found = possessive_choices(regex_parser.parse("(?:ab?c|(?!d)e)++f?"))
+    assert list(found) == [op.BRANCH, op.MAX_REPEAT, op.ASSERT_NOT]
+
+
 def test_the_count_sees_what_explodes():
     assert steps(regex_parser.parse("(?:a{1,9}){1,9}"))[0] > 1e8
     with pytest.raises(AssertionError, match="give back"):
