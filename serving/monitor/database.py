@@ -19,9 +19,18 @@ def connect(
 ) -> sqlite3.Connection:
     """A connection in autocommit mode to a file in WAL mode, after these statements (PRAGMA, CREATE TABLE).
 
-    The file is made readable by its owner only; what is no database is left as it is. Raises OSError or
-    sqlite3.Error.
+    The file is made readable by its owner only; what is no database is left as it is. Raises UserError
+    when it cannot be written or is no database.
     """
+    try:
+        return _open(path, statements, timeout_s, check_same_thread)
+    except (sqlite3.Error, OSError) as error:
+        raise _unusable(path, error) from error
+
+
+def _open(
+    path: Path, statements: Sequence[str], timeout_s: float, check_same_thread: bool
+) -> sqlite3.Connection:
     # Opened by hand only to make it: closing any descriptor of the file gives up this process's POSIX locks
     # on it, those of its other connections included. Then a reader elsewhere would think itself the last one,
     # and delete the write-ahead log that is still being written (sqlite.org/howtocorrupt.html, 2.2).
@@ -63,10 +72,10 @@ def check_usable(path: Path) -> None:
         elif not os.access(path.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"nothing can be written in {path.parent}")
     except (sqlite3.Error, OSError) as error:
-        raise unusable(path, error) from error
+        raise _unusable(path, error) from error
 
 
-def unusable(path: Path, error: Exception) -> UserError:
+def _unusable(path: Path, error: Exception) -> UserError:
     """What is said of a file that cannot be written or is no database."""
     return UserError(
         f"monitoring.database: {path} cannot be used ({error})\n"

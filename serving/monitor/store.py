@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from data_prep.pii import Redactor
-from serving.monitor.database import connect, unusable
+from serving.monitor.database import connect
 
 BUSY_SECONDS = 2.0
 """So long a write waits for another writer of the file."""
@@ -128,11 +127,8 @@ class Store:
         self.rng = rng or random.Random()
         self.clock = clock
         self._pruned = float("-inf")
-        try:
-            # Made where an error can still end the program, then used by the thread that writes.
-            self.connection = connect(path, SCHEMA, timeout_s=BUSY_SECONDS, check_same_thread=False)
-        except (sqlite3.Error, OSError) as error:
-            raise unusable(path, error) from error
+        # Made where an error can still end the program, then used by the thread that writes.
+        self.connection = connect(path, SCHEMA, timeout_s=BUSY_SECONDS, check_same_thread=False)
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Write them all, or none. Raises sqlite3.Error."""

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.pii import Redactor
-from serving.monitor.database import connect, unusable
+from posttrain.errors import UserError
+from serving.monitor.database import connect
 
 BUSY_SECONDS = 10.0
 """So long a vote waits for another writer of the file."""
@@ -64,9 +65,9 @@ class VoteStore:
         self._thread = ThreadPoolExecutor(1, "votes")
         try:
             self._connection = self._thread.submit(self._open).result()
-        except (sqlite3.Error, OSError) as error:
+        except UserError:
             self._thread.shutdown()
-            raise unusable(path, error) from error
+            raise
 
     async def add(self, vote: Vote) -> str:
         """Keep a vote and return its id. Raises sqlite3.Error when it could not be written."""
