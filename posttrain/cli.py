@@ -245,6 +245,8 @@ _EXAMPLES = {
     "rloo": "model=runs/tiny/sft-merged reward=runs/tiny/reward data=runs/tiny/prompts "
     "max_prompt_tokens=160 trainer.max_completion_length=64",
     "ppo": "my-ppo.yaml kl_coef=0.1",
+    "synthesize": "kind=preference model=runs/tiny/sft-merged data=runs/tiny/prompts reward=runs/tiny/reward "
+    "max_prompt_tokens=160 max_new_tokens=64",
     "eval": "models.sft=runs/tiny/sft-merged prompts=runs/tiny/prompts",
     "merge": "model=runs/tiny/sft",
     "export": "model=runs/tiny/sft-merged",

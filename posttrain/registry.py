@@ -164,6 +164,14 @@ STAGES: dict[str, StageSpec] = {
             version=3,
         ),
         _spec(
+            "synthesize",
+            "train.synthesis.config:SynthesizeConfig",
+            "train.synthesis.stage:run",
+            "Sample, score and select answers: pairs or demonstrations.",
+            check="train.synthesis.config:check",
+            preflight="train.preflight:check",
+        ),
+        _spec(
             "eval",
             "eval.config:EvalConfig",
             "eval.stage:run",

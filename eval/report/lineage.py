@@ -14,6 +14,7 @@ BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 148, 50, 22, 44, 14
 KIND_COLOURS = {
     **{
         "curate": 0,
+        "synthesize": 0,
         "base": 3,
         "pretrain": 3,
         "sft": 3,

@@ -19,11 +19,19 @@ from train.preflight.base import check_base
 from train.preflight.dialogues import check_sft
 from train.preflight.pairs import PairsConfig, check_pairs
 from train.preflight.ppo import check_online, check_ppo
+from train.preflight.synthesize import check_synthesize
 from train.preflight.texts import check_pretrain
+from train.synthesis.config import SynthesizeConfig
 
 
 def check(
-    config: BaseConfig | PretrainConfig | SftConfig | PairsConfig | OnlineConfig | PpoStageConfig,
+    config: BaseConfig
+    | PretrainConfig
+    | SftConfig
+    | PairsConfig
+    | OnlineConfig
+    | PpoStageConfig
+    | SynthesizeConfig,
     paths: Mapping[str, Path],
     run_dir: Path,
 ) -> Findings:
@@ -37,6 +45,8 @@ def check(
         return check_sft(config, paths, run_dir)
     if isinstance(config, PpoStageConfig):
         return check_ppo(config, paths, run_dir)
+    if isinstance(config, SynthesizeConfig):
+        return check_synthesize(config, paths)
     if isinstance(config, OnlineConfig):
         return check_online(config, paths, run_dir)
     if isinstance(config, KtoConfig):

@@ -1,4 +1,4 @@
-"""PPO, GRPO and RLOO: models that fit each other and the layout, and prompts that fit the models."""
+"""PPO, GRPO, RLOO, synthesize: models that fit each other and the layout, prompts that fit the models."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ from train.preflight.rows import MAX_LOST, Sample, all_alike, judge, read_sample
 from train.preflight.tokens import doubled_bos, pieces, read_model, rendering
 from train.preflight.trained import check_trained
 from train.prompts import check_positions
+from train.synthesis.config import SynthesizeConfig
 from train.trainer_args import arguments_class, build_args
 
+Sampling = PpoStageConfig | OnlineConfig | SynthesizeConfig
+"""Stages in which a policy answers prompts."""
 _GENERATION = ("generation_batch_size", "steps_per_generation", "per_device_train_batch_size")
 MAX_PROMPTS_DROPPED = 0.5
 """Largest share of prompts over max_prompt_tokens; dropping more than that is refused, fewer a warning."""
@@ -41,15 +44,15 @@ def check_ppo(config: PpoStageConfig, paths: Mapping[str, Path], run_dir: Path) 
     device = this_device()
     findings.add(check_precision(config, device))
     held_out = config.held_out is not None
-    samples = _read_prompts(config, paths["data"], held_out, findings) if "data" in paths else []
+    samples = read_prompts(config, paths["data"], held_out, findings) if "data" in paths else []
     findings.add(check_processes(config, device, None))
     for field in reward_fields(config):
         if field in paths:
-            _check_reward(config, field, paths, samples, findings)
+            check_reward(config, field, paths, samples, findings)
     if "model" not in paths:
         return findings
     _check_policy(config, paths, run_dir, findings)
-    _check_tokens(config, paths["model"], samples, findings)
+    check_tokens(config, paths["model"], samples, findings)
     return findings
 
 
@@ -57,30 +60,28 @@ def check_online(config: OnlineConfig, paths: Mapping[str, Path], run_dir: Path)
     """Everything about a grpo or rloo stage."""
     findings = Findings()
     evaluates = config.trainer.get("eval_strategy", "no") != "no"
-    samples = _read_prompts(config, paths["data"], evaluates, findings) if "data" in paths else []
+    samples = read_prompts(config, paths["data"], evaluates, findings) if "data" in paths else []
     for field in reward_fields(config):
         if field in paths:
-            _check_reward(config, field, paths, samples, findings)
+            check_reward(config, field, paths, samples, findings)
     check_trained(config, TaskType.CAUSAL_LM, paths, [], run_dir, findings)
     if "model" not in paths:
         return findings
     model = read_config(paths["model"], "model", Findings())
-    if model is not None and not _is_reward_model(config.model, paths["model"], model, findings):
+    if model is not None and not is_reward_model(config.model, paths["model"], model, findings):
         check_policy_length(config, model, findings)
-    _check_tokens(config, paths["model"], samples, findings)
+    check_tokens(config, paths["model"], samples, findings)
     return findings
 
 
-def reward_fields(config: PpoStageConfig | OnlineConfig) -> list[str]:
+def reward_fields(config: Sampling) -> list[str]:
     """The fields that name a reward model."""
     members = config.rewards.ensemble.models if config.rewards.ensemble is not None else []
     fields = [f"rewards.ensemble.models.{index}" for index in range(len(members))]
     return fields if config.reward is None else ["reward", *fields]
 
 
-def _check_tokens(
-    config: PpoStageConfig | OnlineConfig, path: Path, samples: Sequence[Sample], findings: Findings
-) -> None:
+def check_tokens(config: Sampling, path: Path, samples: Sequence[Sample], findings: Findings) -> None:
     """The policy's tokenizer, and the prompts in its tokens."""
     read = read_model(path, findings)
     if read is None:
@@ -91,9 +92,7 @@ def _check_tokens(
             _check_prompts(config, tokenizer, sample, findings)
 
 
-def _read_prompts(
-    config: PpoStageConfig | OnlineConfig, path: Path, evaluates: bool, findings: Findings
-) -> list[Sample]:
+def read_prompts(config: Sampling, path: Path, evaluates: bool, findings: Findings) -> list[Sample]:
     splits: tuple[Split, ...] = SPLITS if evaluates else ("train",)
     samples = read_samples(path, "prompt", config.seed, findings, splits=splits)
     for sample in samples:
@@ -119,7 +118,7 @@ def _check_policy(
     model_config = read_config(path, "model", findings)
     if model_config is None:
         return
-    if _is_reward_model(config.model, path, model_config, findings):
+    if is_reward_model(config.model, path, model_config, findings):
         return
     check_policy_length(config, model_config, findings)
     layout = _check_layout(config, paths, findings)
@@ -135,7 +134,7 @@ def _check_policy(
         findings.add(check_disk(config, Size(size.trained + critic, size.total, size.whole), None, run_dir))
 
 
-def _is_reward_model(name: str, path: Path, model: PreTrainedConfig, findings: Findings) -> bool:
+def is_reward_model(name: str, path: Path, model: PreTrainedConfig, findings: Findings) -> bool:
     """Whether the policy is a reward model, with a problem in `findings`."""
     classifies = any("SequenceClassification" in name for name in model.architectures or [])
     if classifies or _made_by(path) == "reward":
@@ -148,9 +147,9 @@ def _is_reward_model(name: str, path: Path, model: PreTrainedConfig, findings: F
     return False
 
 
-def lengths(config: PpoStageConfig | OnlineConfig) -> dict[str, int]:
+def lengths(config: Sampling) -> dict[str, int]:
     """The longest prompt and response in tokens, by field."""
-    if isinstance(config, PpoStageConfig):
+    if not isinstance(config, OnlineConfig):
         return config.lengths
     name = "max_completion_length"
     default = {field.name: field.default for field in dataclasses.fields(arguments_class(config))}[name]
@@ -158,9 +157,7 @@ def lengths(config: PpoStageConfig | OnlineConfig) -> dict[str, int]:
     return {"max_prompt_tokens": config.max_prompt_tokens, f"trainer.{name}": limit}
 
 
-def check_policy_length(
-    config: PpoStageConfig | OnlineConfig, model: PreTrainedConfig, findings: Findings
-) -> None:
+def check_policy_length(config: Sampling, model: PreTrainedConfig, findings: Findings) -> None:
     """Add a problem where prompt and response together are longer than the policy has positions."""
     try:
         check_positions("model", model, lengths(config))
@@ -196,8 +193,8 @@ def _check_layout(config: PpoStageConfig, paths: Mapping[str, Path], findings: F
     return layout
 
 
-def _check_reward(
-    config: PpoStageConfig | OnlineConfig,
+def check_reward(
+    config: Sampling,
     field: str,
     paths: Mapping[str, Path],
     samples: Sequence[Sample],
@@ -219,10 +216,10 @@ def _check_reward(
     except UserError as error:
         _fail_with_advice(findings, field, error, ": lower")
         return
+    value = ", and the value network starts from the policy" if isinstance(config, PpoStageConfig) else ""
     findings.warn(
         field,
-        f"{path} has a tokenizer or chat template of its own: responses are rendered anew for it, and the "
-        "value network starts from the policy",
+        f"{path} has a tokenizer or chat template of its own: responses are rendered anew for it{value}",
         "train the reward model from the policy's own SFT model to score the very tokens it samples",
     )
 
@@ -237,7 +234,7 @@ def _fail_with_advice(findings: Findings, field: str, error: UserError, advice: 
 
 
 def _check_prompts(
-    config: PpoStageConfig | OnlineConfig,
+    config: Sampling,
     tokenizer: PreTrainedTokenizerBase,
     sample: Sample,
     findings: Findings,
