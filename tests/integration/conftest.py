@@ -28,7 +28,10 @@ CONFIGS = {
     "grpo": "train.online_config:GrpoConfig",
     "rloo": "train.online_config:RlooConfig",
     "merge": "train.merge_config:MergeConfig",
+    "synthesize": "train.synthesis.config:SynthesizeConfig",
 }
+UNTRAINED = ("merge", "synthesize")
+"""Stages without `peft` and `trainer`."""
 TRAINER = {
     "max_steps": 6,
     "per_device_train_batch_size": 8,
@@ -39,9 +42,9 @@ TRAINER = {
 PEFT = {"r": 4, "lora_alpha": 8}
 
 
-def make_config(kind: str, **fields: Any) -> Any:
+def make_config(kind: str, /, **fields: Any) -> Any:
     """The configuration of a stage. `trainer` is laid over TRAINER, `peft` is PEFT unless given."""
-    if kind != "merge":
+    if kind not in UNTRAINED:
         fields = {"peft": PEFT} | fields
         fields["trainer"] = TRAINER | fields.get("trainer", {})
     fields = {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
@@ -56,7 +59,7 @@ def run_stage() -> Callable[..., dict[str, Any]]:
     """
     from posttrain.stage import execute_stage
 
-    def run(kind: str, run_dir: Path, preflight: bool = True, **fields: Any) -> dict[str, Any]:
+    def run(kind: str, run_dir: Path, /, preflight: bool = True, **fields: Any) -> dict[str, Any]:
         config = make_config(kind, **fields)
         return execute_stage(kind, config, run_dir, preflight=preflight).manifest["metrics"]
 
@@ -126,7 +129,7 @@ def write_stage(directory: Path, kind: str, fields: Mapping[str, Any]) -> Path:
     """A stage's YAML file, one line a field, whose run directory is `directory/out`."""
     settings = {"stage": kind, "run_dir": str(directory / "out"), **fields}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    if kind != "ppo":
+    if kind not in ("ppo", *UNTRAINED):
         plain = {"peft": PEFT} | plain
         plain["trainer"] = {"max_steps": 2, "per_device_train_batch_size": 4} | plain.get("trainer", {})
     path = directory / f"{kind}.yaml"
@@ -143,7 +146,7 @@ def refused(tmp_path: Path) -> Refused:
     problem at `key` of its file ("" for the file itself) says all of `texts`. Returns stderr.
     """
 
-    def run(kind: str, key: str, *texts: str, **fields: Any) -> str:
+    def run(kind: str, key: str, /, *texts: str, **fields: Any) -> str:
         done = command(kind, write_stage(tmp_path, kind, fields))
         assert done.exit_code == 2, done.output
         assert not (tmp_path / "out").exists()
@@ -161,7 +164,7 @@ def refused(tmp_path: Path) -> Refused:
 def warned(tmp_path: Path) -> Refused:
     """warned(kind, *texts, **fields): `posttrain check` exits with 0, and its stderr holds all of `texts`."""
 
-    def run(kind: str, *texts: str, **fields: Any) -> str:
+    def run(kind: str, /, *texts: str, **fields: Any) -> str:
         done = command("check", write_stage(tmp_path, kind, fields))
         assert done.exit_code == 0, done.output
         assert not (tmp_path / "out").exists()

@@ -122,13 +122,14 @@ class Judge:
 
     def _ask_all(self, requests: Sequence[str | None]) -> dict[str | None, float | None]:
         """The verdict on each distinct request, `concurrency` at a time; of TIE half, of None none."""
-        distinct = [request for request in dict.fromkeys(requests) if request not in (None, TIE)]
+        distinct = [request for request in dict.fromkeys(requests) if request]
         pool = ThreadPoolExecutor(self.config.concurrency)
         try:
-            verdicts = dict(zip(distinct, pool.map(self._ask, distinct), strict=True))
+            verdicts: dict[str | None, float | None] = {None: None, TIE: WON["C"]}
+            verdicts |= zip(distinct, pool.map(self._ask, distinct), strict=True)
         finally:
             pool.shutdown(cancel_futures=True)
-        return {**verdicts, None: None, TIE: WON["C"]}
+        return verdicts
 
     def _ask(self, request: str) -> float | None:
         read = read_score if self.config.mode == "score" else read_choice

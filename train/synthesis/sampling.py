@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TopPLogitsWarper
 
+from data_prep.dataset import Split
 from posttrain.errors import PosttrainError
 from train.ppo.engines.base import RolloutEngine
 from train.ppo.reward_mix import Rewards
@@ -33,7 +34,7 @@ class Prompt:
     """One prompt. row: of the data set, all columns; line: counted from 1 in the file of its side; place: its
     place among the prompts that are answered."""
 
-    split: str
+    split: Split
     line: int
     row: dict[str, Any]
     ids: list[int]
