@@ -14,6 +14,7 @@ from typing import Any
 
 import online_rewards
 import pytest
+from judging_endpoint import KEY, endpoint
 
 from data_prep.dataset import DATASET_FILES, read_kind, read_split
 from posttrain.errors import RequeueError
@@ -21,6 +22,7 @@ from posttrain.rundir import read_manifest, read_rows
 from tests.integration.conftest import command, file_names, write_stage
 from train.reward_pairs import read_margins
 
+__all__ = ["endpoint"]
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUTS = (*DATASET_FILES, "answers.jsonl")
 SIZES = {"n": 4, "max_prompt_tokens": 100, "max_new_tokens": 40, "train_prompts": 20, "eval_prompts": 8}
@@ -234,6 +236,35 @@ def test_sigterm_and_on_to_the_same_end(run_stage, common, tmp_path):
     first, second = outputs(tmp_path / "stopped"), outputs(tmp_path / "whole")
     differing = {name for name in first if first[name] != second[name]}
     assert differing <= {"card.md", "report.html", "dataset.json"}  # they name the file that `sent` is
+
+
+def test_a_judge_scores_and_its_key_is_in_no_file(endpoint, run_stage, common, tmp_path, monkeypatch):
+    """It likes short answers, and says nothing about those with a K in them."""
+
+    def verdict(text: str, count: int) -> tuple[int, str]:
+        answer = text.split("ANSWER:")[1]
+        return 200, "no idea" if "K" in answer else f"[[{max(10 - len(answer.split()), 1)}]]"
+
+    endpoint.answer = verdict
+    prompt = tmp_path / "judge.txt"
+    prompt.write_text("Rate this.\n{prompt}\nANSWER:{answer}", encoding="utf-8")
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    address = f"http://127.0.0.1:{endpoint.server_address[1]}/v1"
+    judge = {"base_url": address, "model": "j", "prompt": str(prompt), "api_key_env": "JUDGE_KEY"}
+    fields = common | {"reward": None, "judge": judge | {"max_retries": 1}}
+    metrics = run_stage("synthesize", tmp_path / "run", **fields)
+    answers = [one for row in read_rows(tmp_path / "run" / "answers.jsonl") for one in row["answers"]]
+    finished = [one for one in answers if one["finished"]]
+    silent = [one for one in finished if "K" in one["text"]]
+    assert metrics["answers_left_out"]["judge_without_verdict"] == len(silent) > 0
+    assert all(one["score"] is None for one in silent)
+    scored = [one for one in finished if one["score"] is not None]
+    assert scored
+    assert all(one["score"] == max(10 - len(one["text"].split()), 1) for one in scored)
+    parents = {at["field"] for at in read_manifest(tmp_path / "run")["parents"]}
+    assert parents == {"model", "data", "judge.prompt"}
+    written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not any(KEY.encode() in data for data in written)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from serving.gateway.config import MonitoringConfig, TracingConfig
 from serving.monitor import store
 from train.ppo.config import PpoStageConfig
 from train.ppo.symptoms import SYMPTOMS
+from train.synthesis.config import SynthesizeConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -85,6 +86,19 @@ def test_the_ppo_page_has_every_field_with_its_default() -> None:
     _, _, section = text.partition("\n## Every setting\n")
     rows = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", section, re.MULTILINE)
     assert {name: as_value(cell) for name, cell in rows} == fields_of(PpoStageConfig)
+    assert len(rows) == len(dict(rows))
+
+
+def test_the_synthetic_page_has_every_field_with_its_default() -> None:
+    """All of the stage but the blocks that it shares with ppo."""
+    text = (ROOT / "docs" / "synthetic.md").read_text(encoding="utf-8")
+    _, _, section = text.partition("\n## Every setting\n")
+    rows = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", section, re.MULTILINE)
+    shared = ("rewards.", "rollout.")
+    own = {name: value for name, value in fields_of(SynthesizeConfig).items() if not name.startswith(shared)}
+    assert {name: as_value(cell) for name, cell in rows} == {
+        name: value for name, value in own.items() if name != "judge"
+    }
     assert len(rows) == len(dict(rows))
 
 
