@@ -187,6 +187,14 @@ def test_functions_select_watch_and_abstain(run_stage, common, tmp_path):
     assert not all(meta.get("truncated") for meta in metas)
 
 
+def test_continuous_batching_repeats_for_the_same_batches(run_stage, common, tmp_path):
+    fields = common | {"train_prompts": 6, "eval_prompts": 6, "rollout": {"engine": "continuous"}}
+    for name in ("first", "second"):
+        run_stage("synthesize", tmp_path / name, **fields)
+    assert outputs(tmp_path / "first") == outputs(tmp_path / "second")
+    assert len({text for group in texts(tmp_path / "first").values() for text in group}) > 24
+
+
 def test_a_reward_model_with_a_template_of_its_own_scores_the_text(
     run_stage, common, tmp_path, variant, tiny_reward_dir
 ):

@@ -17,7 +17,7 @@ from train.synthesis.best_of_n import expected_best, kl_bound, mean_interval, st
 from train.synthesis.config import ConversationSelection, PreferenceSelection, SynthesizeConfig
 from train.synthesis.judge import Judge, filled, read_choice, read_score, win_rates
 from train.synthesis.sampling import Nucleus, answer_uniforms
-from train.synthesis.select import Answer, Dropped, Usable, choose_demonstrations, choose_pairs, usable
+from train.synthesis.selection import Answer, Dropped, Usable, choose_demonstrations, choose_pairs, usable
 from train.synthesis.summary import best_of_n_rows
 
 REWARD = {"model": "m", "data": "d", "reward": "r"}

@@ -2,6 +2,6 @@
 demonstrations.
 
 `config` is its YAML block (torch-free), `sampling` writes and scores the answers, `judge` asks a language
-model for scores, `select` chooses among them, `best_of_n` is the arithmetic, `dataset` writes the directory,
-`stage` puts it together.
+model for scores, `selection` chooses among them, `best_of_n` is the arithmetic, `summary` the figures,
+`dataset` writes the directory, `stage` puts it together.
 """

@@ -19,7 +19,7 @@ from data_prep.records import ConversationRecord, InvalidRecord, Message, Prefer
 from posttrain.errors import DataError
 from posttrain.rundir import STAGING_PREFIX
 from train.synthesis.config import SynthesizeConfig
-from train.synthesis.select import (
+from train.synthesis.selection import (
     Answer,
     Answered,
     Dropped,

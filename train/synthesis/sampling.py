@@ -24,7 +24,7 @@ from train.ppo.engines.base import RolloutEngine
 from train.ppo.reward_mix import Rewards
 from train.ppo.reward_sources import RewardBatch
 from train.ppo.rollout import truncate_at_eos
-from train.synthesis.select import Answer
+from train.synthesis.selection import Answer
 
 Messages = list[dict[str, str]]
 

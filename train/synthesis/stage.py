@@ -35,12 +35,12 @@ from train.ppo.reward_mix import build_rewards
 from train.ppo.reward_sources import load_reward_models
 from train.ppo.rollout import encode_prompts
 from train.ppo.stage import build_accelerator
-from train.prompts import check_positions, end_with
+from train.prompts import check_positions
 from train.synthesis.config import SynthesizeConfig
 from train.synthesis.dataset import describe, select, write_directory
 from train.synthesis.judge import Judge
 from train.synthesis.sampling import AnswerSampler, Nucleus, Prompt, RewardScorer, Scorer
-from train.synthesis.select import Answered
+from train.synthesis.selection import Answered
 from train.synthesis.summary import ANSWERS_FILE, statistics
 
 TOO_LONG = "prompt_too_long"
@@ -92,7 +92,6 @@ def sample(config: SynthesizeConfig, context: StageContext) -> tuple[list[Answer
         policy = load_causal_lm(context.path("model"), config.dtype).requires_grad_(False)
         check_positions("model", policy.config, config.lengths)
         policy.to(accelerator.device)
-        end_with(policy, tokenizer)
         scorer = build_scorer(config, context, tokenizer, prompts, accelerator.device)
         engine = build_engine(
             config.rollout,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from train.synthesis.best_of_n import expected_best, kl_bound, mean_interval, steps
-from train.synthesis.select import Answer, Answered, scored
+from train.synthesis.selection import Answer, Answered, scored
 
 ANSWERS_FILE = "answers.jsonl"
 """Every sampled answer with its score, prompt by prompt: what another run can select from."""
