@@ -93,6 +93,7 @@ def check_tokens(config: Sampling, path: Path, samples: Sequence[Sample], findin
 
 
 def read_prompts(config: Sampling, path: Path, evaluates: bool, findings: Findings) -> list[Sample]:
+    """The prompts of the train split, and of the eval split where the stage reads it."""
     splits: tuple[Split, ...] = SPLITS if evaluates else ("train",)
     samples = read_samples(path, "prompt", config.seed, findings, splits=splits)
     for sample in samples:

@@ -68,8 +68,7 @@ def select(config: SynthesizeConfig, prompts: Sequence[Answered], too_long: Sequ
             raise DataError(
                 f"no {config.kind} row is left on the {split} side ({reasons or 'no prompts'})\n"
                 "    sample more answers (n) or more varied ones (temperature), raise max_new_tokens, give "
-                "more "
-                "prompts, or ask less of the scores"
+                "more prompts, or ask less of the scores"
             )
     return selected
 
@@ -84,8 +83,9 @@ def _records(
             pairs = choose_pairs(found, config.preference, config.seed, key)
             if isinstance(pairs, Dropped):
                 return pairs
+            records: list[Record] = [_pair(prompt.row, chosen, rejected) for chosen, rejected in pairs]
             selected.margins += [scored(chosen) - scored(rejected) for chosen, rejected in pairs]
-            return [_pair(prompt.row, chosen, rejected) for chosen, rejected in pairs]
+            return records
         answers = choose_demonstrations(found, config.conversation)
         return answers if isinstance(answers, Dropped) else [_demo(prompt.row, one) for one in answers]
     except InvalidRecord as error:
@@ -190,13 +190,14 @@ def write_directory(
     """Write DATASET_FILES and answers.jsonl: first all aside, then renamed into place, dataset.json last."""
     lines = lineage_lines(info["synthesis"])
     page = report_html(dict(info), selected.rows, selected.dropped)
-    section = f"<pre>{html.escape(chr(10).join(lines))}</pre>"
+    text = "\n".join(lines)
+    section = f"<pre>{html.escape(text)}</pre>"
     rejects = (json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in selected.dropped)
     answers = (json.dumps(prompt.as_json(), ensure_ascii=False) + "\n" for prompt in prompts)
     texts = {
         ANSWERS_FILE: "".join(answers),
         "rejects.jsonl": "".join(rejects),
-        "card.md": card_markdown(dict(info)) + "\n".join(lines),
+        "card.md": card_markdown(dict(info)) + text,
         "report.html": page.replace("</body>", f"{section}\n</body>", 1),
         "dataset.json": json.dumps(info, indent=2, ensure_ascii=False) + "\n",
     }
@@ -204,7 +205,7 @@ def write_directory(
         staging = Path(name)
         for split in SPLITS:
             write_split(staging / f"{split}.parquet", info["kind"], selected.rows[split])
-        for file, text in texts.items():
-            (staging / file).write_text(text, encoding="utf-8")
+        for file, content in texts.items():
+            (staging / file).write_text(content, encoding="utf-8")
         for file in (ANSWERS_FILE, *DATASET_FILES):
             os.replace(staging / file, directory / file)

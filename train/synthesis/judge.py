@@ -153,11 +153,8 @@ class Judge:
                 **arguments,
             )
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            remedy = (
-                f"put a valid key into {self.config.api_key_env}"
-                if self.config.api_key_env
-                else ("name the environment variable with its key in judge.api_key_env")
-            )
+            name = self.config.api_key_env
+            remedy = f"put a valid key into {name}" if name else "name the variable of its key in api_key_env"
             raise UserError(f"{place} refuses the key (status {error.status_code})\n    {remedy}") from None
         except openai.NotFoundError:
             raise UserError(
@@ -180,7 +177,7 @@ class Judge:
 
     def _gave_up(self, what: str) -> PosttrainError:
         return PosttrainError(
-            f"{what}, {self.config.max_retries + 1} times in a row; no answer was given a score for it\n"
+            f"{what}, after up to {self.config.max_retries + 1} attempts; no answer got a score for it\n"
             "    once it answers, the same command goes on from the batches that are done"
         )
 
