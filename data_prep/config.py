@@ -9,7 +9,13 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.licences import commercial_problem
-from data_prep.operations.config import MixConfig, NearDuplicatesConfig, OperationConfig, check_sources
+from data_prep.operations.config import (
+    MixConfig,
+    NearDuplicatesConfig,
+    OperationConfig,
+    SemanticDuplicatesConfig,
+    check_sources,
+)
 from data_prep.records import KINDS, Kind, Side
 from posttrain.config import DatasetRef, FileRef, StageConfig, StrictModel
 
@@ -208,7 +214,7 @@ class SplitConfig(StrictModel):
         description="group: records of one group (given by the source, else the words of the first user "
         "turn) land on the same side, in every data set with the same salt and eval_fraction. record: each "
         "distinct content by itself; near copies of a prompt may then straddle the split. cluster: as group, "
-        "and rows that the operation near_duplicates finds alike are on one side too.",
+        "and rows that the operations near_duplicates and semantic_duplicates find alike are on one side too.",
     )
     salt: str = Field(
         "posttrain", description="Change it to draw another split; keep it to hold out the same groups."
@@ -281,7 +287,7 @@ class CurateConfig(StageConfig):
     @model_validator(mode="after")
     def _clusters_to_split_by(self) -> CurateConfig:
         if self.split.by == "cluster" and not any(
-            isinstance(operation, NearDuplicatesConfig) for operation in self.operations
+            isinstance(operation, (NearDuplicatesConfig, SemanticDuplicatesConfig)) for operation in self.operations
         ):
             raise ValueError(
                 "`split.by: cluster` needs clusters; add {op: near_duplicates, keep: all} to `operations`"

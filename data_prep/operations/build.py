@@ -21,9 +21,11 @@ from data_prep.operations.near_duplicates import Duplicates, NearDuplicates
 from data_prep.operations.personal import PersonalData
 from data_prep.operations.preferences import PreferenceChecks
 from data_prep.operations.quality import Quality
+from data_prep.operations.semantic import SemanticDuplicates
 from data_prep.operations.toxicity import Toxicity, load_scorer
 from data_prep.operations.unicode import REPAIRS, Unicode
 from data_prep.pii import RULES, custom_rules
+from data_prep.semantic import check_model
 from posttrain.errors import ConfigError, Problem, UserError
 
 Locate = Callable[[str], Path]
@@ -60,12 +62,28 @@ def _step(config: Any, operation: Operation) -> Step:
         said["against"] = {each.name: len(each.items) for each in operation.sets}
     if isinstance(config, settings.LengthConfig):
         said["tokenizer"] = PurePath(config.tokenizer).name
+    if isinstance(config, settings.SemanticDuplicatesConfig):
+        said["model"] = PurePath(config.model).name
     return Step(config.op, operation, said, config.examples)
 
 
 def _near_duplicates(config: settings.NearDuplicatesConfig, where: str, around: Surroundings) -> Operation:
     minhash = MinHashSettings(config.threshold, config.words, config.bands, config.rows, config.seed)
     return NearDuplicates(minhash, config.part, config.keep, around.by_cluster, config.search == "exact")
+
+
+def _semantic(config: settings.SemanticDuplicatesConfig, where: str, around: Surroundings) -> Operation:
+    model = around.locate(f"{where}.model")
+    check_model(model)
+    return SemanticDuplicates(
+        model,
+        config.threshold,
+        config.part,
+        config.keep,
+        config.part_rows,
+        config.seed,
+        around.by_cluster,
+    )
 
 
 def _decontaminate(config: settings.DecontaminateConfig, where: str, around: Surroundings) -> Operation:
@@ -86,9 +104,9 @@ def problems(configs: Sequence[Any], where: str) -> list[Problem]:
     found = []
     for index, config in enumerate(configs):
         place = f"{where}.operations.{index}"
-        for package in _packages(config):
+        for package, extra in _packages(config):
             if importlib.util.find_spec(package) is None:
-                remedy = "pip install 'posttrain[data]', or change the operation"
+                remedy = f"pip install 'posttrain[{extra}]', or change the operation"
                 message = f"{config.op} needs the package {package}, which is not installed"
                 found.append(Problem(place, message, remedy, here=True))
         if isinstance(config, settings.ToxicityConfig):
@@ -100,11 +118,15 @@ def problems(configs: Sequence[Any], where: str) -> list[Problem]:
     return found
 
 
-def _packages(config: Any) -> list[str]:
-    """What an operation needs of the optional packages."""
+def _packages(config: Any) -> list[tuple[str, str]]:
+    """What an operation needs of the optional packages, each with the extra that brings it."""
+    needs = {
+        settings.LanguageConfig: ("py3langid", "data"),
+        settings.SemanticDuplicatesConfig: ("sentence_transformers", "semantic"),
+    }
     if isinstance(config, settings.UnicodeConfig) and config.mojibake:
-        return ["ftfy"]
-    return ["py3langid"] if isinstance(config, settings.LanguageConfig) else []
+        return [("ftfy", "data")]
+    return [needs[type(config)]] if type(config) in needs else []
 
 
 def _unicode(config: settings.UnicodeConfig, where: str, around: Surroundings) -> Operation:
@@ -134,6 +156,7 @@ def _mix(config: settings.MixConfig, where: str, around: Surroundings) -> Operat
 _BUILDERS: dict[type, Callable[[Any, str, Surroundings], Operation]] = {
     settings.DuplicatesConfig: lambda config, where, around: Duplicates(),
     settings.NearDuplicatesConfig: _near_duplicates,
+    settings.SemanticDuplicatesConfig: _semantic,
     settings.DecontaminateConfig: _decontaminate,
     settings.UnicodeConfig: _unicode,
     settings.LanguageConfig: _language,

@@ -58,6 +58,35 @@ class NearDuplicatesConfig(_Operation):
     seed: int = Field(0, ge=0, description="Seed of the permutations.")
 
 
+class SemanticDuplicatesConfig(_Operation):
+    """Rows that say the same in other words: embeddings of a local model, clusters of cosine similarity."""
+
+    op: Literal["semantic_duplicates"]
+    model: ForeignModelRef = Field(
+        description="A sentence-transformers model: a directory, or an id of the Hub. It runs on the CPU."
+    )
+    part: Part = Field("whole", description=_PART)
+    threshold: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Cosine similarity from which two rows are alike. It depends on the model: 0.9 is for "
+        "all-MiniLM-L6-v2, where it finds 68 % of the rephrased GSM8K questions (docs/curation.md).",
+    )
+    keep: Literal["first", "all"] = Field(
+        "first",
+        description="first: of a cluster only its first row stays. all: rows stay and are tagged with their "
+        "semantic_cluster; with `split.by: cluster` they land on one side.",
+    )
+    part_rows: int = Field(
+        20_000,
+        ge=2,
+        description="Up to so many rows all pairs are compared. More rows are divided by k-means into parts "
+        "of about this size, and pairs across parts are missed.",
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of k-means.")
+
+
 class DecontaminateConfig(_Operation):
     """Drops rows that hold text of evaluation sets; lists rows that are near an item for review."""
 
@@ -241,6 +270,7 @@ class MixConfig(_Operation):
 OperationConfig = Annotated[
     DuplicatesConfig
     | NearDuplicatesConfig
+    | SemanticDuplicatesConfig
     | DecontaminateConfig
     | UnicodeConfig
     | LanguageConfig
