@@ -287,7 +287,8 @@ class CurateConfig(StageConfig):
     @model_validator(mode="after")
     def _clusters_to_split_by(self) -> CurateConfig:
         if self.split.by == "cluster" and not any(
-            isinstance(operation, (NearDuplicatesConfig, SemanticDuplicatesConfig)) for operation in self.operations
+            isinstance(operation, (NearDuplicatesConfig, SemanticDuplicatesConfig))
+            for operation in self.operations
         ):
             raise ValueError(
                 "`split.by: cluster` needs clusters; add {op: near_duplicates, keep: all} to `operations`"

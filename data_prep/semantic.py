@@ -55,9 +55,7 @@ def encode(path: Path, texts: Sequence[str]) -> Encoded:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        found = model.encode(
-            list(texts), batch_size=1, normalize_embeddings=True, show_progress_bar=False
-        )
+        found = model.encode(list(texts), batch_size=1, normalize_embeddings=True, show_progress_bar=False)
     finally:
         torch.set_num_threads(threads)
     found[[not text.strip() for text in texts]] = 0
@@ -112,7 +110,9 @@ def find_semantic_duplicates(
     They are kept in a file in `scratch`; memory holds a part of them and some 30 bytes a row.
     """
     stored = _store(batches, rows, scratch / "embeddings.f16")
-    parts = _parts(stored, part_rows, seed, scratch) if rows > part_rows else iter([(stored, np.arange(rows))])
+    parts = (
+        _parts(stored, part_rows, seed, scratch) if rows > part_rows else iter([(stored, np.arange(rows))])
+    )
     union = UnionFind(rows)
     nearest = np.zeros(rows, dtype=np.float32)
     pairs = count = 0

@@ -24,7 +24,8 @@ from data_prep.operations.quality import Quality
 from data_prep.operations.semantic import SemanticDuplicates
 from data_prep.operations.toxicity import Toxicity, load_scorer
 from data_prep.operations.unicode import REPAIRS, Unicode
-from data_prep.pii import RULES, custom_rules
+from data_prep.pii import OPTIONAL, RULES, custom_rules
+from data_prep.pii_presidio import NAMED_ENTITIES, Presidio, default_types, model_directory
 from data_prep.semantic import check_model
 from posttrain.errors import ConfigError, Problem, UserError
 
@@ -64,7 +65,17 @@ def _step(config: Any, operation: Operation) -> Step:
         said["tokenizer"] = PurePath(config.tokenizer).name
     if isinstance(config, settings.SemanticDuplicatesConfig):
         said["model"] = PurePath(config.model).name
+    if isinstance(config, settings.PiiConfig):
+        said |= _said_of_backend(config)
     return Step(config.op, operation, said, config.examples)
+
+
+def _said_of_backend(config: settings.PiiConfig) -> dict[str, Any]:
+    """Of a search with Presidio: its model by name, and the types that it cannot find without one."""
+    model = config.presidio_model
+    if config.backend == "presidio" and model is None:
+        return {"presidio_model": None, "not_found_without_a_model": list(NAMED_ENTITIES)}
+    return {"presidio_model": PurePath(model).name} if model else {}
 
 
 def _near_duplicates(config: settings.NearDuplicatesConfig, where: str, around: Surroundings) -> Operation:
@@ -126,6 +137,8 @@ def _packages(config: Any) -> list[tuple[str, str]]:
     }
     if isinstance(config, settings.UnicodeConfig) and config.mojibake:
         return [("ftfy", "data")]
+    if isinstance(config, settings.PiiConfig) and config.backend == "presidio":
+        return [("presidio_analyzer", "presidio")]
     return [needs[type(config)]] if type(config) in needs else []
 
 
@@ -144,8 +157,14 @@ def _length(config: settings.LengthConfig, where: str, around: Surroundings) -> 
 
 
 def _pii(config: settings.PiiConfig, where: str, around: Surroundings) -> Operation:
-    rules = tuple(rule for rule in RULES if config.types is None or rule.type in config.types)
-    return PersonalData(config.action, (*rules, *custom_rules(config.patterns)))
+    types = config.types
+    rules = RULES if types is None else tuple(rule for rule in (*RULES, *OPTIONAL) if rule.type in types)
+    searches = ()
+    if config.backend == "presidio":
+        model = around.locate(f"{where}.presidio_model") if config.presidio_model else None
+        wanted = default_types(model is not None) if types is None else tuple(types)
+        searches = (Presidio(wanted, model and model_directory(model)),)
+    return PersonalData(config.action, (*rules, *custom_rules(config.patterns)), searches)
 
 
 def _mix(config: settings.MixConfig, where: str, around: Surroundings) -> Operation:

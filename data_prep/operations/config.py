@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from data_prep.operations.quality_rules import RULES
-from data_prep.pii import TYPES, custom_rules
-from posttrain.config import DatasetRef, ForeignModelRef, StrictModel
+from data_prep.pii import OPTIONAL, TYPES, custom_rules
+from data_prep.pii_presidio import NAMED_ENTITIES, PRESIDIO_TYPES
+from posttrain.config import DatasetRef, FileRef, ForeignModelRef, StrictModel
 
 Part = Literal["whole", "prompt", "answer"]
 _PART = "What of a record is compared: whole, prompt (all turns before the answer), or answer."
@@ -204,18 +205,39 @@ class PiiConfig(_Operation):
         "redact",
         description="find: tag types and counts. redact: pseudonyms such as [EMAIL_1]. drop: the row.",
     )
-    types: list[str] | None = Field(None, description="Types to look for. Default: all.")
+    types: list[str] | None = Field(
+        None, description="Types to look for. Default: all but those docs/curation.md says must be named."
+    )
+    backend: Literal["patterns", "presidio"] = Field(
+        "patterns",
+        description="presidio: besides the patterns, the recognisers of Presidio (extra `presidio`).",
+    )
+    presidio_model: FileRef | None = Field(
+        None,
+        description="Directory of a spaCy model for Presidio, which then finds PERSON and LOCATION too. "
+        "Nothing is downloaded. Default: patterns alone.",
+    )
     patterns: dict[str, str] = Field(
         default_factory=dict, description="Types of one's own, in capitals: a Python regular expression each."
     )
 
     @model_validator(mode="after")
     def _known_types(self) -> PiiConfig:
+        presidio = self.backend == "presidio"
+        if self.presidio_model is not None and not presidio:
+            raise ValueError("`presidio_model` belongs to `backend: presidio`")
+        known = [*TYPES, *(rule.type for rule in OPTIONAL), *(PRESIDIO_TYPES if presidio else ())]
         for name in self.types or ():
-            if name not in TYPES:
-                near = difflib.get_close_matches(name, TYPES, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"types are {', '.join(TYPES)}"
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = (
+                    f"did you mean {near[0]!r}?" if near else f"types are {', '.join(dict.fromkeys(known))}"
+                )
+                if name in PRESIDIO_TYPES:
+                    hint = "set `backend: presidio`"
                 raise ValueError(f"unknown type {name!r}; {hint}")
+            if name in NAMED_ENTITIES and self.presidio_model is None:
+                raise ValueError(f"only a model finds {name}; set `presidio_model`, or leave the type out")
         custom_rules(self.patterns)
         return self
 
@@ -286,7 +308,10 @@ OperationConfig = Annotated[
 
 def settings_of(config: Any) -> dict[str, Any]:
     """An operation's settings for dataset.json: all but its name and what only the report needs."""
-    return config.model_dump(mode="json", exclude={"op", "examples"})
+    hidden = {"op", "examples"}
+    if isinstance(config, PiiConfig) and config.backend == "patterns":
+        hidden |= {"backend", "presidio_model"}
+    return config.model_dump(mode="json", exclude=hidden)
 
 
 def check_sources(mix: MixConfig, names: Sequence[str]) -> None:

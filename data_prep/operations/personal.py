@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from data_prep.operations.base import Dropped, Kept, Row, tagged
 from data_prep.operations.parts import with_texts
-from data_prep.pii import RULES, Redactor, Rule, find
+from data_prep.pii import RULES, Redactor, Rule, Search
 from data_prep.records import InvalidRecord, Record
 
 Action = Literal["find", "redact", "drop"]
@@ -27,13 +27,14 @@ class PersonalData:
 
     action: Action = "redact"
     rules: Sequence[Rule] = RULES
+    searches: Sequence[Search] = ()
 
     def apply(self, batch: Sequence[Row]) -> list[Kept | Dropped]:
         """Tags `pii` {type: count}; drops personal_data."""
         return [self._one(row) for row in batch]
 
     def _one(self, row: Row) -> Kept | Dropped:
-        redactor = Redactor(self.rules)
+        redactor = Redactor(self.rules, self.searches)
         try:
             record = _redacted(row.record, redactor)
         except InvalidRecord as error:
@@ -67,7 +68,7 @@ def _walk(value: Any, change: Callable[[str], str]) -> Any:
 
 def _nameless(name: str, redactor: Redactor) -> str:
     """An id or group that is personal data (an e-mail address) as a hash: equal ones stay equal."""
-    findings = find(name, redactor.rules)
+    findings = redactor.find(name)
     redactor.counts.update(finding.type for finding in findings)
     return hashlib.sha256(name.encode()).hexdigest()[:16] if findings else name
 
@@ -81,16 +82,17 @@ def scrubber(operations: Sequence[Any]) -> Clean | None:
 
     A text that was cut ("...") is not shown at all: what is left of a secret may have lost its form.
     """
-    rules = {
-        rule: None
+    redacting = [
+        operation
         for operation in operations
         if isinstance(operation, PersonalData) and operation.action != "find"
-        for rule in operation.rules
-    }
-    if not rules:
+    ]
+    rules = tuple(dict.fromkeys(rule for operation in redacting for rule in operation.rules))
+    searches = tuple(dict.fromkeys(search for operation in redacting for search in operation.searches))
+    if not redacting:
         return None
 
     def clean(text: str) -> str:
-        return NOT_SHOWN if "..." in text else Redactor(tuple(rules)).redact(text)
+        return NOT_SHOWN if "..." in text else Redactor(rules, searches).redact(text)
 
     return clean

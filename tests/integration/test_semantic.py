@@ -74,7 +74,9 @@ def cut(points: np.ndarray, size: int) -> Iterator[np.ndarray]:
 
 
 @pytest.mark.parametrize("threshold", [0.8, 0.95, 1.0])
-def test_all_pairs_are_found_in_blocks_as_in_one_matrix(tmp_path: Path, threshold: float, monkeypatch) -> None:
+def test_all_pairs_are_found_in_blocks_as_in_one_matrix(
+    tmp_path: Path, threshold: float, monkeypatch
+) -> None:
     monkeypatch.setattr("data_prep.semantic.BLOCK", 64)
     points = vectors(0, 500)
     found = find_semantic_duplicates(cut(points, 7), 500, threshold, 500, 0, tmp_path)
@@ -153,7 +155,7 @@ def test_rephrased_questions_are_found_as_the_table_says(minilm: Path) -> None:
     both = [encode(minilm, texts).embeddings.astype(np.float32) for texts in (plain, rephrased)]
     alike = both[1] @ both[0].T
     own = np.diag(alike)
-    print((own >= DEFAULT).mean(), (own>=.85).mean())
+    print((own >= DEFAULT).mean(), (own >= 0.85).mean())
     assert 0.6 <= (own >= DEFAULT).mean() <= 0.8
     np.fill_diagonal(alike, 0)
     assert (alike >= DEFAULT).sum() == 0
