@@ -214,7 +214,7 @@ class SplitConfig(StrictModel):
         description="group: records of one group (given by the source, else the words of the first user "
         "turn) land on the same side, in every data set with the same salt and eval_fraction. record: each "
         "distinct content by itself; near copies of a prompt may then straddle the split. cluster: as group, "
-        "and rows that the operations near_duplicates and semantic_duplicates find alike are on one side too.",
+        "and rows that near_duplicates and semantic_duplicates find alike are on one side too.",
     )
     salt: str = Field(
         "posttrain", description="Change it to draw another split; keep it to hold out the same groups."

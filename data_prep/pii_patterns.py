@@ -94,14 +94,15 @@ _YEAR = re.compile("1[5-9]|20|21")
 
 
 _CALLED = re.compile(
-    r"\b(?:tel|telephone|phone|fax|mobile|cell|call(?: me| us)?|dial)(?: number| no\.?)?(?: is| at| on)?[.:]{0,2}\s?$",
+    r"\b(?:tel|telephone|phone|fax|mobile|cell|call(?: me| us)?|dial)"
+    r"(?: number| no\.?)?(?: is| at| on)?[.:]{0,2}\s?$",
     re.I,
 )
 _CALLED_BEHIND = re.compile(r"(?P<dash>-| -\ )?\ ?(?:office|fax|mobile|cell|home)\b", re.I)
 
 
 def _said_to_be_phone(match: re.Match[str], groups: int) -> bool:
-    """Whether words beside the digits say so: "call 33 93 31", "61 51 81 office"; not "655502 cell phones"."""
+    """Said beside the digits: "call 33 93 31", "61 51 81 office"; not "655502 cell phones"."""
     if _CALLED.search(match.string[max(match.start() - 40, 0) : match.start()]):
         return True
     behind = _CALLED_BEHIND.match(match.string, match.end())

@@ -32,6 +32,8 @@ from posttrain.errors import ConfigError, Problem, UserError
 Locate = Callable[[str], Path]
 """The local path of an input of the stage, by its field: "operations.1.against.0"."""
 
+KEY_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -164,7 +166,17 @@ def _pii(config: settings.PiiConfig, where: str, around: Surroundings) -> Operat
         model = around.locate(f"{where}.presidio_model") if config.presidio_model else None
         wanted = default_types(model is not None) if types is None else tuple(types)
         searches = (Presidio(wanted, model and model_directory(model)),)
-    return PersonalData(config.action, (*rules, *custom_rules(config.patterns)), searches)
+    key = _key(around.locate(f"{where}.key_file")) if config.key_file else b""
+    return PersonalData(config.action, (*rules, *custom_rules(config.patterns)), searches, key)
+
+
+def _key(path: Path) -> bytes:
+    key = path.read_bytes()
+    if len(key) < KEY_BYTES:
+        raise UserError(
+            f"{path}: {len(key)} bytes are no key\n    give a file of {KEY_BYTES} or more random bytes"
+        )
+    return key
 
 
 def _mix(config: settings.MixConfig, where: str, around: Surroundings) -> Operation:

@@ -221,6 +221,12 @@ class PiiConfig(_Operation):
         default_factory=dict, description="Types of one's own, in capitals: a Python regular expression each."
     )
 
+    key_file: FileRef | None = Field(
+        None,
+        description="A file of at least 16 random bytes: ids and groups that are personal data become hashes "
+        "under this key. Without it the hashes are plain, and a phone number can be guessed from its hash.",
+    )
+
     @model_validator(mode="after")
     def _known_types(self) -> PiiConfig:
         presidio = self.backend == "presidio"
@@ -308,7 +314,7 @@ OperationConfig = Annotated[
 
 def settings_of(config: Any) -> dict[str, Any]:
     """An operation's settings for dataset.json: all but its name and what only the report needs."""
-    hidden = {"op", "examples"}
+    hidden = {"op", "examples", "key_file"}
     if isinstance(config, PiiConfig) and config.backend == "patterns":
         hidden |= {"backend", "presidio_model"}
     return config.model_dump(mode="json", exclude=hidden)

@@ -1,4 +1,4 @@
-"""Presidio beside the patterns of `pii`: offline, mapped to our types, and what it finds on labelled texts."""
+"""Presidio beside the patterns of `pii`: offline, mapped to our types, and said in the reports."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def _steps_of(code, argument) -> tuple[float, float]:
     return sum(ways**count for count in range(low, high + 1)), cost * sum(ways**n for n in range(high))
 
 
-@pytest.mark.parametrize("rule", (*RULES, *OPTIONAL), ids=lambda rule: rule.type)
+@pytest.mark.parametrize("rule", [*RULES, *OPTIONAL], ids=lambda rule: rule.type)
 def test_no_pattern_can_backtrack_far(rule):
     """Counted on the pattern itself: so many characters are looked at from one place, whatever the text."""
     flags = rule.pattern.flags
@@ -234,7 +234,7 @@ def possessive_choices(pattern, inside=False):
             yield from possessive_choices(item, inside or code is op.POSSESSIVE_REPEAT)
 
 
-@pytest.mark.parametrize("rule", (*RULES, *OPTIONAL), ids=lambda rule: rule.type)
+@pytest.mark.parametrize("rule", [*RULES, *OPTIONAL], ids=lambda rule: rule.type)
 def test_every_python_matches_it_alike(rule):
     """Before 3.11.5 a possessive repeat of something with a choice in it may fail where it fits."""
     assert list(possessive_choices(regex_parser.parse(rule.pattern.pattern, rule.pattern.flags))) == []
