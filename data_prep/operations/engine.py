@@ -5,9 +5,11 @@ For every operation rows_in + repeated = rows_out + drops; ids stay unique.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from data_prep.operations.base import (
@@ -15,10 +17,12 @@ from data_prep.operations.base import (
     Dropped,
     Kept,
     MapOperation,
+    MemoryViews,
     Operation,
     Row,
     Stays,
     tagged,
+    verdict_of,
 )
 from data_prep.records import excerpt
 
@@ -133,10 +137,18 @@ def _mapped(operation: MapOperation, rows: Sequence[Row]) -> Iterator[tuple[Row,
 
 def _decided(
     operation: CorpusOperation, rows: Sequence[Row], ledger: Ledger
-) -> Iterable[tuple[Row, Stays | Dropped]]:
-    decided = operation.decide([operation.view(row) for row in rows])
-    ledger.facts.update(decided.facts)
-    return zip(rows, decided.verdicts, strict=True)
+) -> Iterator[tuple[Row, Stays | Dropped]]:
+    begins = range(0, max(len(rows), 1), BATCH_ROWS)
+    views = MemoryViews([operation.view(rows[begin : begin + BATCH_ROWS]) for begin in begins])
+    with tempfile.TemporaryDirectory() as scratch:
+        decided = operation.decide(views, Path(scratch))
+        ledger.facts.update(decided.facts)
+        done = 0
+        for verdict in (row for table in decided.verdicts for row in table.to_pylist()):
+            yield from ((row, Stays()) for row in rows[done : verdict["row"]])
+            yield rows[verdict["row"]], verdict_of(verdict)
+            done = verdict["row"] + 1
+    yield from ((row, Stays()) for row in rows[done:])
 
 
 def _count(ledger: Ledger, row: Row, dropped: Dropped, examples: int, show: Show) -> None:

@@ -10,12 +10,16 @@ exactly; which rows of a source stay is decided by a hash of seed and id, so a l
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from data_prep.operations.base import Decided, Dropped, Row, Stays
+import pyarrow as pa
+
+from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
 from posttrain.errors import DataError
+
+VIEW = pa.schema([("source", pa.string()), ("rank", pa.binary(16))])
 
 
 @dataclass(frozen=True)
@@ -31,41 +35,39 @@ class Mix:
     rows: int | None = None
     seed: int = 0
 
-    def view(self, row: Row) -> tuple[str, str]:
-        """(source, id)."""
-        return row.source, row.record.id
+    def view(self, batch: Sequence[Row]) -> pa.Table:
+        """source; rank: the first 16 bytes of a hash of seed and id."""
+        ranks = [hashlib.sha256(f"{self.seed}\0{row.record.id}".encode()).digest()[:16] for row in batch]
+        return pa.table({"source": [row.source for row in batch], "rank": ranks}, schema=VIEW)
 
-    def decide(self, views: Sequence[tuple[str, str]]) -> Decided:
+    def decide(self, views: Views, scratch: Path) -> Decided:
         """Drops over_target; a row may stay several times. Facts: rows before and after, and shares, by
         source.
 
         Raises DataError when a weighted source has no row left.
         """
-        sizes = dict(Counter(source for source, _ in views))
+        order: dict[str, list[tuple[bytes, int]]] = {}
+        for index, row in enumerate(row for table in views.tables() for row in table.to_pylist()):
+            order.setdefault(row["source"], []).append((row["rank"], index))
+        sizes = {source: len(ranks) for source, ranks in order.items()}
         targets = self.targets(sizes)
-        order: dict[str, list[int]] = {source: [] for source in sizes}
-        for index, (source, _) in enumerate(views):
-            order[source].append(index)
-        verdicts: list[Stays | Dropped] = [Stays()] * len(views)
-        for source, indices in order.items():
-            ranked = sorted(indices, key=lambda index: self._rank(views[index][1]))
-            whole, extra = divmod(targets[source], len(indices))
-            for place, index in enumerate(ranked):
+        verdicts: list[tuple[int, Stays | Dropped]] = []
+        for source, ranks in order.items():
+            whole, extra = divmod(targets[source], len(ranks))
+            for place, (_, index) in enumerate(sorted(ranks)):
                 copies = whole + (place < extra)
                 if copies == 0:
-                    said = f"{targets[source]:,} of {len(indices):,} rows of {source} are used"
-                    verdicts[index] = Dropped("over_target", said)
-                else:
-                    verdicts[index] = Stays(copies=copies)
+                    said = f"{targets[source]:,} of {len(ranks):,} rows of {source} are used"
+                    verdicts.append((index, Dropped("over_target", said)))
+                elif copies > 1:
+                    verdicts.append((index, Stays(copies=copies)))
+        verdicts.sort(key=lambda verdict: verdict[0])
         total = sum(targets.values())
         facts = {
             source: {"rows_before": sizes[source], "rows": targets[source], "share": targets[source] / total}
             for source in sorted(sizes)
         }
-        return Decided(verdicts, {"sources": facts} if total else {})
-
-    def _rank(self, id: str) -> bytes:
-        return hashlib.sha256(f"{self.seed}\0{id}".encode()).digest()
+        return Decided([verdict_table(verdicts)], {"sources": facts} if total else {})
 
     def targets(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Rows of every source, by the sizes of all."""

@@ -5,33 +5,38 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+import pyarrow as pa
 
 from data_prep.dedup import content_key
 from data_prep.near_duplicates import MinHashSettings, exact_near_duplicates, find_near_duplicates
-from data_prep.operations.base import Decided, Dropped, Row, Stays
+from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
 from data_prep.operations.parts import Part, part_text
+
+KEYS = pa.schema([("key", pa.binary(16)), ("place", pa.string())])
+TEXTS = pa.schema([("text", pa.large_string()), ("id", pa.string()), ("place", pa.string())])
 
 
 @dataclass(frozen=True)
 class Duplicates:
     """Drops rows whose whole content (NFKC, case, white space aside) an earlier row has."""
 
-    def view(self, row: Row) -> tuple[str, str]:
-        """(content key, place)."""
-        return content_key(row.record), f"{row.file}:{row.line}"
+    def view(self, batch: Sequence[Row]) -> pa.Table:
+        """key: the first 16 bytes of the content key; place: file and line."""
+        keys = [bytes.fromhex(content_key(row.record))[:16] for row in batch]
+        return pa.table({"key": keys, "place": _places(batch)}, schema=KEYS)
 
-    def decide(self, views: Sequence[tuple[str, str]]) -> Decided:
+    def decide(self, views: Views, scratch: Path) -> Decided:
         """The first row of each content stays."""
-        first: dict[str, str] = {}
-        verdicts: list[Stays | Dropped] = []
-        for key, place in views:
-            if key in first:
-                verdicts.append(Dropped("duplicate", f"same content as {first[key]}"))
-            else:
-                first[key] = place
-                verdicts.append(Stays())
-        return Decided(verdicts)
+        first: dict[bytes, str] = {}
+        verdicts: list[tuple[int, Stays | Dropped]] = []
+        for index, row in enumerate(row for table in views.tables() for row in table.to_pylist()):
+            if row["key"] in first:
+                verdicts.append((index, Dropped("duplicate", f"same content as {first[row['key']]}")))
+            first.setdefault(row["key"], row["place"])
+        return Decided([verdict_table(verdicts)])
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,16 @@ class NearDuplicates:
     tie: bool = False
     exact: bool = False
 
-    def view(self, row: Row) -> tuple[str, str, str]:
-        """(text of the part, id, place)."""
-        return part_text(row.record, self.part), row.record.id, f"{row.file}:{row.line}"
+    def view(self, batch: Sequence[Row]) -> pa.Table:
+        """text of the part, id, and place: file and line."""
+        texts = [part_text(row.record, self.part) for row in batch]
+        ids = [row.record.id for row in batch]
+        return pa.table({"text": texts, "id": ids, "place": _places(batch)}, schema=TEXTS)
 
-    def decide(self, views: Sequence[tuple[str, str, str]]) -> Decided:
+    def decide(self, views: Views, scratch: Path) -> Decided:
         """Facts: clusters of two rows and more, rows in them, the largest, and pairs that were compared."""
-        texts = [text for text, _, _ in views]
+        rows = [row for table in views.tables() for row in table.to_pylist()]
+        texts = [row["text"] for row in rows]
         found = (
             exact_near_duplicates(texts, self.settings.threshold, self.settings.words)
             if self.exact
@@ -64,8 +72,9 @@ class NearDuplicates:
         sizes = Counter(cluster)
         likeness = {later: similarity for _, later, similarity in found.pairs}
         verdicts = [
-            self._verdict(views, index, leader, sizes[leader], likeness.get(index))
+            (index, self._verdict(rows, index, leader, likeness.get(index)))
             for index, leader in enumerate(cluster)
+            if sizes[leader] > 1
         ]
         several = [size for size in sizes.values() if size > 1]
         facts: dict[str, Any] = {
@@ -74,21 +83,18 @@ class NearDuplicates:
             "largest_cluster": max(several, default=0),
             "pairs_compared": found.candidates,
         }
-        return Decided(verdicts, facts)
+        return Decided([verdict_table(verdicts)], facts)
 
     def _verdict(
-        self,
-        views: Sequence[tuple[str, str, str]],
-        index: int,
-        leader: int,
-        size: int,
-        similarity: float | None,
+        self, rows: Sequence[dict[str, Any]], index: int, leader: int, similarity: float | None
     ) -> Stays | Dropped:
-        if size == 1:
-            return Stays()
         if self.keep == "first" and index != leader:
             degree = "" if similarity is None else f" (similarity {similarity:.2f} to a row of its cluster)"
-            return Dropped("near_duplicate", f"in one cluster with {views[leader][2]}{degree}")
-        name = views[leader][1]
+            return Dropped("near_duplicate", f"in one cluster with {rows[leader]['place']}{degree}")
+        name = rows[leader]["id"]
         ties = (f"near:{name}",) if self.tie else ()
         return Stays(ties=ties, tags={"cluster": name} if self.keep == "all" else {})
+
+
+def _places(batch: Sequence[Row]) -> list[str]:
+    return [f"{row.file}:{row.line}" for row in batch]

@@ -13,12 +13,23 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.operations.base import Decided, Dropped, Row, Stays
+import pyarrow as pa
+
+from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
 from data_prep.records import PreferenceRecord
 from data_prep.shingles import shingle
 from data_prep.split import group_key
+
+VIEW = pa.schema(
+    [
+        *((name, pa.string()) for name in ("place", "prompt", "chosen", "rejected", "wordless")),
+        ("characters_chosen", pa.int64()),
+        ("characters_rejected", pa.int64()),
+    ]
+)
 
 
 class Pair(NamedTuple):
@@ -29,48 +40,34 @@ class Pair(NamedTuple):
     chosen: str
     rejected: str
     wordless: str
-    lengths: tuple[int, int]
+    characters_chosen: int
+    characters_rejected: int
 
 
 @dataclass(frozen=True)
 class PreferenceChecks:
     """A corpus operation over preferences."""
 
-    def view(self, row: Row) -> Pair:
-        """The keys of one pair."""
-        record = row.record
-        assert isinstance(record, PreferenceRecord)
-        prompt = "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in record.prompt)
-        chosen, rejected = record.chosen[0].content, record.rejected[0].content
-        bare = [
-            name
-            for name, text in (("chosen", chosen), ("rejected", rejected))
-            if not len(shingle([text], 1).hashes)
-        ]
-        return Pair(
-            f"{row.file}:{row.line}",
-            group_key(prompt),
-            group_key(chosen),
-            group_key(rejected),
-            " and ".join(bare),
-            (len(chosen), len(rejected)),
-        )
+    def view(self, batch: Sequence[Row]) -> pa.Table:
+        """A `Pair` a row."""
+        return pa.Table.from_pylist([_pair(row)._asdict() for row in batch], schema=VIEW)
 
-    def decide(self, views: Sequence[Pair]) -> Decided:
+    def decide(self, views: Views, scratch: Path) -> Decided:
         """Drops side_without_words, sides_alike, contradictory_pairs; facts: length bias of the rest."""
+        pairs = [Pair(**row) for table in views.tables() for row in table.to_pylist()]
         preferred: dict[tuple[str, str, str], str] = {}
-        for pair in views:
+        for pair in pairs:
             preferred.setdefault((pair.prompt, pair.chosen, pair.rejected), pair.place)
-        verdicts = [self._verdict(pair, preferred) for pair in views]
-        kept = [pair for pair, verdict in zip(views, verdicts, strict=True) if isinstance(verdict, Stays)]
+        verdicts = [self._verdict(pair, preferred) for pair in pairs]
+        kept = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if isinstance(verdict, Stays)]
         prompts: defaultdict[str, int] = defaultdict(int)
         for pair in kept:
             prompts[pair.prompt] += 1
         facts: dict[str, Any] = {
             "prompts_with_several_pairs": sum(count > 1 for count in prompts.values()),
-            **length_bias([pair.lengths for pair in kept]),
+            **length_bias([(pair.characters_chosen, pair.characters_rejected) for pair in kept]),
         }
-        return Decided(verdicts, facts)
+        return Decided([verdict_table(list(enumerate(verdicts)))], facts)
 
     def _verdict(self, pair: Pair, preferred: dict[tuple[str, str, str], str]) -> Stays | Dropped:
         if pair.wordless:
@@ -81,6 +78,24 @@ class PreferenceChecks:
         if opposite is not None:
             return Dropped("contradictory_pairs", f"{opposite} prefers the other of the same two answers")
         return Stays(ties=(f"prompt:{pair.prompt}",))
+
+
+def _pair(row: Row) -> Pair:
+    record = row.record
+    assert isinstance(record, PreferenceRecord)
+    prompt = "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in record.prompt)
+    chosen, rejected = record.chosen[0].content, record.rejected[0].content
+    sides = (("chosen", chosen), ("rejected", rejected))
+    bare = [name for name, text in sides if not len(shingle([text], 1).hashes)]
+    return Pair(
+        f"{row.file}:{row.line}",
+        group_key(prompt),
+        group_key(chosen),
+        group_key(rejected),
+        " and ".join(bare),
+        len(chosen),
+        len(rejected),
+    )
 
 
 def length_bias(lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:

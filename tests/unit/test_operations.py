@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,15 +19,19 @@ from data_prep.curate import Curated, add, unique_id
 from data_prep.dataset import SPLITS
 from data_prep.operations import engine
 from data_prep.operations.base import (
+    VERDICT_SCHEMA,
     CorpusOperation,
     Decided,
     Dropped,
     MapOperation,
     Row,
     Stays,
+    Views,
     from_arrow,
     tagged,
     to_arrow,
+    verdict_of,
+    verdict_table,
 )
 from data_prep.operations.build import Surroundings, build
 from data_prep.operations.engine import Step, run_operations
@@ -249,12 +254,27 @@ class Every:
     def __init__(self, copies: int) -> None:
         self.copies = copies
 
-    def view(self, row: Row) -> str:
-        return row.record.id
+    def view(self, batch: Sequence[Row]) -> pa.Table:
+        return pa.table({"id": [row.record.id for row in batch]})
 
-    def decide(self, views: Sequence[str]) -> Decided:
+    def decide(self, views: Views, scratch: Path) -> Decided:
         verdict = Stays(copies=self.copies) if self.copies else Dropped("none", "asked for")
-        return Decided([verdict] * len(views))
+        return Decided([verdict_table([(row, verdict) for row in range(len(views))])])
+
+
+VERDICTS = [
+    Stays(),
+    Stays(3, ("a", "b"), {"cluster": "é", "n": [1]}, ("n1", "n2")),
+    Dropped("reason", "a detail"),
+]
+
+
+def test_verdicts_survive_the_way_through_a_table() -> None:
+    table = verdict_table(list(enumerate(VERDICTS)))
+    assert table.schema == VERDICT_SCHEMA
+    assert [row["row"] for row in table.to_pylist()] == [0, 1, 2]
+    assert [verdict_of(row) for row in table.to_pylist()] == VERDICTS
+    assert verdict_table([]).schema == VERDICT_SCHEMA
 
 
 def test_repetitions_have_ids_of_their_own_and_are_not_evaluated_twice() -> None:
