@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.card import card_markdown, length_summary, report_html
+from data_prep.card import card_markdown, report_html, sample_places
 from data_prep.config import CurateConfig
 from data_prep.curate_checks import check_rows, check_split
 from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_hash, to_row, write_split
 from data_prep.dedup import SeenContent, content_key
+from data_prep.figures import Figures, figures_of, length_summary
 from data_prep.files import display_names, expand
 from data_prep.ingest import Reject, SourceReport, generator_problem, read_file, read_generator, read_hub
 from data_prep.operations.base import Row
@@ -90,9 +91,10 @@ def run(config: CurateConfig, context: StageContext) -> dict[str, Any]:
             _operate(config, context, curated, steps)
     check_rows(config, curated)
     check_split(config, curated)
-    info = describe(config, curated)
+    figures = figures_of(config.kind, curated.rows)
+    info = describe(config, curated, figures)
     with context.phase("write"):
-        write_directory(context.run_dir, info, curated)
+        write_directory(context.run_dir, info, curated, figures)
     for reason, count in info["drops"].items():
         _say(context, f"dropped {count:,} of {info['rows_in']:,} rows: {reason} (see rejects.jsonl)")
     train, held_out = info["rows_out"]["train"], info["rows_out"]["eval"]
@@ -234,7 +236,7 @@ def unique_id(ids: Counter[str], wanted: str) -> str:
     return name
 
 
-def describe(config: CurateConfig, curated: Curated) -> dict[str, Any]:
+def describe(config: CurateConfig, curated: Curated, figures: Figures) -> dict[str, Any]:
     """What dataset.json says. It holds no times and no folders, so equal data give equal bytes."""
     split = config.split
     groups = {side_: len({row["group"] for row in rows}) for side_, rows in curated.rows.items()}
@@ -253,24 +255,31 @@ def describe(config: CurateConfig, curated: Curated) -> dict[str, Any]:
         "filters": config.filters.model_dump(),
         "split": {"by": split.by, "salt": split.salt, "eval_fraction": split.eval_fraction, "groups": groups},
         "columns": columns(config.kind),
-        "lengths": length_summary(config.kind, curated.rows),
+        "lengths": length_summary(figures),
         **operations_info(config, curated),
         "content_hash": content_hash(curated.rows),
     }
 
 
-def write_directory(directory: Path, info: dict[str, Any], curated: Curated) -> None:
+def write_directory(directory: Path, info: dict[str, Any], curated: Curated, figures: Figures) -> None:
     """Write DATASET_FILES into `directory`: first all aside, then renamed into place, dataset.json last."""
     with tempfile.TemporaryDirectory(dir=directory, prefix=STAGING_PREFIX) as name:
         staging = Path(name)
         for split in SPLITS:
             write_split(staging / f"{split}.parquet", info["kind"], curated.rows[split])
         dropped = [*curated.dropped, *curated.operation_drops]
+        first: dict[str, Reject] = {}
+        for drop in dropped:
+            first.setdefault(drop.reason, drop)
+        found = curated.drops
+        counts = {reason: found[reason] for reason in first}
+        train = curated.rows["train"]
+        samples = [train[place] for place in sample_places(len(train))]
         rejects = (json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in dropped)
         texts = {
             "rejects.jsonl": "".join(rejects),
             "card.md": card_markdown(info),
-            "report.html": report_html(info, curated.rows, dropped),
+            "report.html": report_html(info, figures, samples, first, counts),
             "dataset.json": json.dumps(info, indent=2, ensure_ascii=False) + "\n",
         }
         if curated.operated is not None and curated.operated.review:
