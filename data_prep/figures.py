@@ -46,7 +46,7 @@ def _chars(turns: Sequence[Mapping[str, str]]) -> int:
 class Figures:
     """Counts over rows of one kind.
 
-    rows: by side. sources: by side, rows by the column `source`. lengths: by side and part, rows by length in
+    rows: by side. sources: by side, rows by file (the column `source` without the line). lengths: by side and part, rows by length in
     characters. differences: pairs by length of chosen less that of rejected, in characters. turns: rows by
     number of turns of the dialogue or prompt. tokens, languages: rows by what the operations length and
     language tagged. pii_rows, pii_values: by type, rows and findings that the operation pii tagged.
@@ -67,7 +67,7 @@ class Figures:
         """Count rows of the dataset directory's columns (``data_prep.dataset.to_row``) on one side."""
         self.rows[side] += len(rows)
         for row in rows:
-            self.sources[side][row["source"]] += 1
+            self.sources[side][row["source"].rpartition(":")[0] or row["source"]] += 1
             lengths = measures(self.kind, row)
             for name, length in lengths.items():
                 self.lengths[side].setdefault(name, Counter())[length] += 1
@@ -146,8 +146,7 @@ def _read(counts: Mapping[str, int], numbers: bool) -> dict[Any, int]:
 
 
 def quantile(counts: Mapping[int, int], share: float) -> int:
-    """The value at place round(share * (n - 1)), from 0, of the n values in order. Raises ValueError for none.
-    """
+    """The value at place round(share * (n - 1)), from 0, of the n values in order. Raises ValueError for none."""
     left = round(share * (sum(counts.values()) - 1))
     for value, count in sorted(counts.items()):
         if left < count:

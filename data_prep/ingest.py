@@ -70,9 +70,7 @@ def read_file(
     Raises DataError: unreadable, no format fits or several do, or the format cannot feed `kind`.
     """
     report, rows = open_file(source, kind, path, name, limit)
-    return report, (
-        (line, parsed(source, kind, report.name, report.format, line, row)) for line, row in rows
-    )
+    return report, ((line, parsed(source, kind, report.name, report.format, line, row)) for line, row in rows)
 
 
 def open_file(

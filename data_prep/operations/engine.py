@@ -68,7 +68,8 @@ class Tally:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return asdict(self)
+        first = {reason: asdict(at) for reason, at in self.first.items()}
+        return {**vars(self), "first": first}
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> Tally:

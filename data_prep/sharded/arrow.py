@@ -54,7 +54,9 @@ def table_of(rows: Sequence[Row], kind: Kind) -> pa.Table:
     """Rows as a table."""
     columns = row_schema(kind)
     records = [row.record for row in rows]
-    arrays: list[pa.Array] = [pa.array([vars(at)[name] for at in records], pa.string()) for name in COMMON_COLUMNS]
+    arrays: list[pa.Array] = [
+        pa.array([vars(at)[name] for at in records], pa.string()) for name in COMMON_COLUMNS
+    ]
     for name in CONTENT_COLUMNS[kind]:
         values = [vars(at)[name] for at in records]
         type = columns.field(name).type
@@ -74,7 +76,10 @@ def _turns(values: Sequence[Sequence[Message]], type: pa.DataType) -> pa.Array:
     np.cumsum([len(turns) for turns in values], out=offsets[1:])
     flat = list(chain.from_iterable(values))
     struct = pa.StructArray.from_arrays(
-        [pa.array([turn.role for turn in flat], pa.string()), pa.array([turn.content for turn in flat], pa.string())],
+        [
+            pa.array([turn.role for turn in flat], pa.string()),
+            pa.array([turn.content for turn in flat], pa.string()),
+        ],
         names=["role", "content"],
     )
     return pa.ListArray.from_arrays(pa.array(offsets), struct, type=type)
@@ -131,7 +136,9 @@ def _column(table: pa.Table, name: str, turn: Callable[[str, str], Any]) -> list
     flat = array.flatten()
     turns = [
         turn(role, content)
-        for role, content in zip(flat.field("role").to_pylist(), flat.field("content").to_pylist(), strict=True)
+        for role, content in zip(
+            flat.field("role").to_pylist(), flat.field("content").to_pylist(), strict=True
+        )
     ]
     offsets = (array.offsets.to_numpy() - array.offsets[0].as_py()).tolist() if len(array) else [0]
     held: Callable[[list[Any]], Any] = list if turn is _plain_message else tuple

@@ -37,7 +37,14 @@ def make_engine(config: CurateConfig, setup: Setup) -> Engine:
     """The engine that the configuration names. Raises ConfigError where it is not there."""
     if config.engine == "ray":
         raise ConfigError(
-            [Problem("engine", "engine ray is not available here", "set `engine: local` and `workers`", here=True)]
+            [
+                Problem(
+                    "engine",
+                    "engine ray is not available here",
+                    "set `engine: local` and `workers`",
+                    here=True,
+                )
+            ]
         )
     return OneProcess(setup) if config.workers == 1 else Processes(setup, config.workers)
 

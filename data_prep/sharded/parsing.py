@@ -39,7 +39,9 @@ class Parsed:
         """The table of KEYS."""
         places = [f"{row.file}:{row.line}" for row in self.rows]
         ids = id_hashes([row.record.id for row in self.rows])
-        return pa.table([pa.array(self._keys, pa.binary(16)), places, pa.array(self._at, pa.int32()), ids], KEYS)
+        return pa.table(
+            [pa.array(self._keys, pa.binary(16)), places, pa.array(self._at, pa.int32()), ids], KEYS
+        )
 
 
 def id_hash(name: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.config import CurateConfig
-from data_prep.dataset import SPLITS, Split, columns
+from data_prep.dataset import SPLITS, Split, columns, content_line
 from data_prep.dedup import content_key
 from data_prep.figures import Figures
 from data_prep.operations.base import Dropped, Row
@@ -30,12 +29,12 @@ def own_groups(config: CurateConfig, rows: list[Row]) -> list[Row]:
     """The rows under the groups they are split by: where that is the content, the content as it is now."""
     if config.split.by != "record":
         return rows
-    return [
-        replace(row, record=replace(row.record, group=content_key(row.record)[:16])) for row in rows
-    ]
+    return [replace(row, record=replace(row.record, group=content_key(row.record)[:16])) for row in rows]
 
 
-def put(config: CurateConfig, store: Store, segment: int, chunk: int, table: pa.Table, log: StepLog) -> dict[str, Any]:
+def put(
+    config: CurateConfig, store: Store, segment: int, chunk: int, table: pa.Table, log: StepLog
+) -> dict[str, Any]:
     """Write the files of each side of one chunk, and return what is said of them.
 
     A repetition that would be evaluated is dropped: nothing is evaluated twice.
@@ -57,7 +56,7 @@ def put(config: CurateConfig, store: Store, segment: int, chunk: int, table: pa.
     for row in rows_of(table.take(gone), config.kind) if gone else ():
         log.dropped(row, Dropped(REPEATED, "a repetition, in the eval side"))
     for split in SPLITS:
-        chosen = table if len(places[split]) == table.num_rows else table.take(places[split])
+        chosen = table if len(places[split]) == table.num_rows else table.take(pa.array(places[split], pa.int64()))
         said["sides"][split] = chosen.num_rows
         log.tally.rows_out += chosen.num_rows
         said["mixture"][split] = Counter(chosen.column("name").to_pylist())
@@ -67,7 +66,13 @@ def put(config: CurateConfig, store: Store, segment: int, chunk: int, table: pa.
 
 
 def _write_side(
-    config: CurateConfig, store: Store, segment: int, chunk: int, split: Split, table: pa.Table, figures: Figures
+    config: CurateConfig,
+    store: Store,
+    segment: int,
+    chunk: int,
+    split: Split,
+    table: pa.Table,
+    figures: Figures,
 ) -> None:
     write_table(store.file(segment, chunk, f"{split}.arrow"), table.select(columns(config.kind)))
     rows = dicts_of(table, config.kind)
@@ -75,15 +80,9 @@ def _write_side(
     with replacing(store.file(segment, chunk, f"{split}.lines")) as beside:
         with pa.CompressedOutputStream(str(beside), "lz4") as stream:
             for begin in range(0, len(rows), 1000):
-                stream.write(b"".join(_line(split, row) for row in rows[begin : begin + 1000]))
+                stream.write(b"".join(content_line(split, row) for row in rows[begin : begin + 1000]))
     hashes = {hashlib.blake2b(row["group"].encode(), digest_size=GROUP_BYTES).digest() for row in rows}
     _write_hashes(store.file(segment, chunk, f"{split}.groups"), b"".join(sorted(hashes)))
-
-
-def _line(split: Split, row: dict[str, Any]) -> bytes:
-    """A row as the content hash has it."""
-    line = json.dumps([split, row], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return line.encode("utf-8") + b"\n"
 
 
 def _write_hashes(file: Path, data: bytes) -> None:

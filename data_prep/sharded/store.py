@@ -70,6 +70,10 @@ class Store:
                 return None
         return found
 
+    def done(self, segment: int) -> int:
+        """How many chunks of a segment are done."""
+        return sum(1 for _ in self.segment(segment).glob("[0-9]*.json"))
+
     def finish(self, segment: int, chunk: int, said: dict[str, Any], files: Sequence[str]) -> dict[str, Any]:
         """Note that a chunk is done."""
         sizes = {name: self.file(segment, chunk, name).stat().st_size for name in files}

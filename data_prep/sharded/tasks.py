@@ -12,6 +12,7 @@ from data_prep.ingest import Reject
 from data_prep.operations.base import Dropped, MapOperation, Row, Stays, verdict_of
 from data_prep.operations.engine import decided, mapped
 from data_prep.operations.personal import scrubber
+from data_prep.records import excerpt
 from data_prep.sharded.arrow import rows_of, table_of
 from data_prep.sharded.ids import Taken
 from data_prep.sharded.log import StepLog, cleaned
@@ -103,7 +104,7 @@ class Worker:
             place = table.schema.get_field_index("group")
             table = table.set_column(place, table.schema.field("group"), read_table(joined).column("group"))
         log = StepLog(self.clean)
-        said = put(self.config, self.store, at, chunk, table, log)
+        said = {"rows": table.num_rows, **put(self.config, self.store, at, chunk, table, log)}
         return self._finish(at, chunk, said, list(SIDES), {len(self.steps) + 1: log})
 
     def _log(self, number: int) -> StepLog:
@@ -162,6 +163,4 @@ class Worker:
 
 
 def _beginning(row: Row) -> str:
-    from data_prep.records import excerpt
-
     return excerpt(row.record.turns()[0][1])
