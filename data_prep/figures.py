@@ -146,7 +146,10 @@ def _read(counts: Mapping[str, int], numbers: bool) -> dict[Any, int]:
 
 
 def quantile(counts: Mapping[int, int], share: float) -> int:
-    """The value at place round(share * (n - 1)), from 0, of the n values in order. Raises ValueError for none."""
+    """The value at place round(share * (n - 1)), from 0, of the n values in order.
+
+    Raises ValueError for none.
+    """
     left = round(share * (sum(counts.values()) - 1))
     for value, count in sorted(counts.items()):
         if left < count:
