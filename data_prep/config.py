@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from data_prep.operations.config import (
     check_sources,
 )
 from data_prep.records import KINDS, Kind, Side
-from posttrain.config import DatasetRef, FileRef, StageConfig, StrictModel
+from posttrain.config import DatasetRef, FileRef, HowOnly, StageConfig, StrictModel
 
 GENERATORS: dict[str, str] = {"support_desk": "data_prep.tiny.world:generate"}
 """Named generators: "module:function", called (kind, rows, seed, **options), yielding records."""
@@ -271,6 +271,23 @@ class CurateConfig(StageConfig):
         ge=0,
         le=1,
         description="Largest share of unusable rows; above it the stage fails, writing nothing.",
+    )
+
+    engine: Annotated[Literal["local", "ray"], HowOnly()] = Field(
+        "local",
+        description="What runs the row-local work: local, processes of this machine, or ray, a Ray cluster. "
+        "The bytes written are the same.",
+    )
+    workers: Annotated[int, HowOnly()] = Field(
+        1,
+        ge=1,
+        description="Processes that do the row-local work; 1: this one. The bytes written are the same.",
+    )
+    shard_rows: int = Field(
+        1_000_000,
+        ge=1,
+        description="Most rows of a parquet file: a side of more is written as "
+        "train-00000-of-00003.parquet and so on.",
     )
 
     @property

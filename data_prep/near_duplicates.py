@@ -24,6 +24,7 @@ from data_prep.minhash import MinHashSettings, band_keys, batches, signatures_of
 from data_prep.shingles import Hashes, jaccard, shingle
 
 MAX_LEADERS = 32
+LIST_BUCKETS = 8192
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def connect(
     for band in bands:
         for bucket in _unsettled(band, union):
             candidates += _confirm(bucket, union, read, threshold, pairs)
+        del band
     earlier, later, similarity = (np.array(column) for column in pairs)
     return NearDuplicates(union.roots(), earlier, later, similarity, candidates)
 
@@ -100,10 +102,12 @@ def _unsettled(band: Buckets, union: UnionFind) -> Iterator[list[int]]:
         return
     roots = union.roots()[band.members]
     low, high = np.minimum.reduceat(roots, band.starts), np.maximum.reduceat(roots, band.starts)
+    del roots
+    chosen = np.flatnonzero(low != high)
     ends = np.append(band.starts[1:], len(band.members))
-    chosen = low != high
-    for begin, end in zip(band.starts[chosen].tolist(), ends[chosen].tolist(), strict=True):
-        yield band.members[begin:end].tolist()
+    for few in np.split(chosen, range(LIST_BUCKETS, len(chosen), LIST_BUCKETS)):
+        for begin, end in zip(band.starts[few].tolist(), ends[few].tolist(), strict=True):
+            yield band.members[begin:end].tolist()
 
 
 def _confirm(
@@ -151,21 +155,23 @@ def exact_near_duplicates(sets: Sequence[Hashes], threshold: float) -> NearDupli
 
 
 def buckets(keys: Hashes, numbers: NDArray[np.int64]) -> Buckets:
-    """The buckets of a band. keys: of the texts that have words; numbers: which those are, ascending."""
+    """The buckets of a band. keys: of the texts that have words, used up; numbers: which, ascending."""
     bits = np.uint64(len(keys).bit_length())
     # The lowest bits of a key make room for the index, so that one plain sort orders both.
-    keys = keys >> bits << bits
+    keys >>= bits
+    keys <<= bits
     keys |= np.arange(len(keys), dtype=np.uint64)
     keys.sort()
-    order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
+    order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64)
     keys >>= bits
-    begins = np.ones(len(keys), dtype=np.bool_)
-    begins[1:] = keys[1:] != keys[:-1]
-    starts = np.flatnonzero(begins)
-    sizes = np.diff(np.append(starts, len(keys)))
-    members = numbers[order[np.repeat(sizes > 1, sizes)]]
-    sizes = sizes[sizes > 1]
-    return Buckets(members, np.cumsum(sizes) - sizes)
+    same = keys[1:] == keys[:-1]
+    del keys
+    shared = np.zeros(len(order), dtype=np.bool_)
+    shared[1:] = same
+    shared[:-1] |= same
+    first = np.ones(len(order), dtype=np.bool_)
+    first[1:] = ~same
+    return Buckets(numbers[order[shared]], np.flatnonzero(first[shared]))
 
 
 def _shingle_sets(texts: Sequence[str], bands: Sequence[Buckets], words: int) -> dict[int, Hashes]:

@@ -1,8 +1,8 @@
 """What near-duplicates are found by, on disk: band keys band by band, and the shingle sets that are compared.
 
-In memory are 8 bytes a text for where its set begins, and one band at a time (about 40 bytes a text) while
-its buckets are made. Sets are read one by one from the file, not mapped, so that memory does not grow with
-them.
+In memory are 9 bytes a text for where its set begins and whether it has one, and one band at a time, 32 bytes
+a text while its buckets are made. Sets are read one by one from the file, not mapped, so that memory does not
+grow with them.
 """
 
 from __future__ import annotations
@@ -56,10 +56,7 @@ class SketchFiles:
         """Of every band, in order."""
         numbers = np.flatnonzero(self._filled)
         for band in range(self.bands):
-            keys = np.frombuffer(
-                _read(self._keys, len(numbers) * ITEM, band * self.count * ITEM), dtype=np.uint64
-            )
-            yield buckets(keys, numbers)
+            yield buckets(_read(self._keys, len(numbers), band * self.count * ITEM), numbers)
 
     def wanted(self) -> NDArray[np.bool_]:
         """Which texts are in a bucket."""
@@ -79,21 +76,19 @@ class SketchFiles:
     def read(self, text: int) -> Hashes:
         """The shingle set of a text."""
         begin, end = self._bounds[text : text + 2].tolist()
-        return np.frombuffer(_read(self._sets, (end - begin) * ITEM, begin * ITEM), dtype=np.uint64)
+        return _read(self._sets, end - begin, begin * ITEM)
 
 
-def _read(file: int, size: int, begin: int) -> bytes:
-    """`size` bytes from `begin` on. A system call gives 2 GiB at most."""
-    data = os.pread(file, size, begin)
-    if len(data) == size:
-        return data
-    parts = [data]
-    while (done := sum(map(len, parts))) < size:
-        part = os.pread(file, size - done, begin + done)
-        if not part:
-            raise OSError(f"file ends {size - done} bytes early")
-        parts.append(part)
-    return b"".join(parts)
+def _read(file: int, items: int, begin: int) -> Hashes:
+    """Numbers from byte `begin` on. One system call gives 2 GiB at most."""
+    values = np.empty(items, dtype=np.uint64)
+    left = values.data.cast("B") if items else memoryview(b"")
+    while left:
+        done = os.preadv(file, [left], begin)
+        if not done:
+            raise OSError(f"a file of sketches ends {len(left)} bytes early")
+        left, begin = left[done:], begin + done
+    return values
 
 
 def _write(file: int, values: Hashes, begin: int) -> None:

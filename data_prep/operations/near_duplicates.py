@@ -36,15 +36,17 @@ class Duplicates:
         """The first row of each content stays."""
         first = same_as_first(list(all_words(views, "key", 2)))
         again = np.flatnonzero(first != np.arange(len(first)))
-        places = Cells(views, "place", np.unique(first[again]))
-        return Decided(self._verdicts(again, first, places))
+        return Decided(self._verdicts(views, again, first, scratch))
 
     def _verdicts(
-        self, again: NDArray[np.int64], first: NDArray[np.int64], places: Cells
+        self, views: Views, again: NDArray[np.int64], first: NDArray[np.int64], scratch: Path
     ) -> Iterator[pa.Table]:
-        for rows in blocks(again):
-            found = zip(rows.tolist(), places.at(first[rows]), strict=True)
-            yield verdict_table([(row, Dropped("duplicate", f"same content as {at}")) for row, at in found])
+        with Cells(views, "place", np.unique(first[again]), scratch) as places:
+            for rows in blocks(again):
+                found = zip(rows.tolist(), places.at(first[rows]), strict=True)
+                yield verdict_table(
+                    [(row, Dropped("duplicate", f"same content as {at}")) for row, at in found]
+                )
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class NearDuplicates:
             "largest_cluster": int(several.max(initial=0)),
             "pairs_compared": found.candidates,
         }
-        return Decided(self._verdicts(views, found, sizes), facts)
+        return Decided(self._verdicts(views, found, sizes, scratch), facts)
 
     def _exact(self, views: Views) -> Found:
         tables = [_sets(table) for table in views.tables(["shingles"])]
@@ -106,26 +108,27 @@ class NearDuplicates:
                 done += table.num_rows
             return connect(len(views), files.buckets(), files.read, self.settings.threshold)
 
-    def _verdicts(self, views: Views, found: Found, sizes: NDArray[np.int64]) -> Iterator[pa.Table]:
+    def _verdicts(
+        self, views: Views, found: Found, sizes: NDArray[np.int64], scratch: Path
+    ) -> Iterator[pa.Table]:
         clustered = sizes[found.cluster] > 1
         leads = found.cluster == np.arange(len(sizes))
         leaders = np.flatnonzero(clustered & leads)
         dropped = clustered & ~leads if self.keep == "first" else np.zeros_like(leads)
-        ids = Cells(views, "id", leaders)
-        places = Cells(views, "place", leaders)
         likeness = _likeness(found) if self.keep == "first" else np.empty(0)
         # A row that stays has a verdict only where that says anything.
-        spoken = clustered if self.keep == "all" or self.tie else dropped
-        for rows in blocks(np.flatnonzero(spoken)):
-            gone = dropped[rows]
-            stay, go = rows[~gone], rows[gone]
-            near = zip(go.tolist(), places.at(found.cluster[go]), likeness[go].tolist(), strict=True)
-            names = zip(stay.tolist(), ids.at(found.cluster[stay]), strict=True)
-            verdicts: list[tuple[int, Stays | Dropped]] = [
-                *((row, _near_duplicate(at, similarity)) for row, at, similarity in near),
-                *((row, self._stays(name)) for row, name in names),
-            ]
-            yield verdict_table(sorted(verdicts, key=lambda verdict: verdict[0]))
+        spoken = np.flatnonzero(clustered if self.keep == "all" or self.tie else dropped)
+        with Cells(views, "id", leaders, scratch) as ids, Cells(views, "place", leaders, scratch) as places:
+            for rows in blocks(spoken):
+                gone = dropped[rows]
+                stay, go = rows[~gone], rows[gone]
+                near = zip(go.tolist(), places.at(found.cluster[go]), likeness[go].tolist(), strict=True)
+                names = zip(stay.tolist(), ids.at(found.cluster[stay]), strict=True)
+                verdicts: list[tuple[int, Stays | Dropped]] = [
+                    *((row, _near_duplicate(at, similarity)) for row, at, similarity in near),
+                    *((row, self._stays(name)) for row, name in names),
+                ]
+                yield verdict_table(sorted(verdicts, key=lambda verdict: verdict[0]))
 
     def _stays(self, name: str) -> Stays:
         ties = (f"near:{name}",) if self.tie else ()

@@ -46,8 +46,10 @@ class PreferenceChecks:
         alike, turned = chosen == rejected, chosen > rejected
         low = np.minimum(chosen, rejected)
         high = np.maximum(chosen, rejected, out=rejected)
-        opposite = _opposites(same_as_first([low, high, prompt]), turned)
+        same = same_as_first([low, high, prompt])
         del low, high, chosen, rejected
+        opposite = _opposites(same, turned)
+        del same
         wordless = _column(views, "wordless")
         kept = ~(alike | (opposite >= 0) | (wordless > 0))
         _, counts = np.unique(prompt[kept], return_counts=True)
@@ -56,7 +58,7 @@ class PreferenceChecks:
             "prompts_with_several_pairs": int((counts > 1).sum()),
             **length_bias(*characters),
         }
-        return Decided(_verdicts(views, prompt, wordless, alike, opposite), facts)
+        return Decided(_verdicts(views, scratch, prompt, wordless, alike, opposite), facts)
 
 
 def _pair(row: Row) -> tuple[Any, ...]:
@@ -108,30 +110,33 @@ def _opposites(same: NDArray[np.int64], turned: NDArray[np.bool_]) -> NDArray[np
 
 def _verdicts(
     views: Views,
+    scratch: Path,
     prompt: NDArray[np.uint64],
     wordless: NDArray[np.uint8],
     alike: NDArray[np.bool_],
     opposite: NDArray[np.int64],
 ) -> Iterator[pa.Table]:
     contrary = (opposite >= 0) & ~alike & (wordless == 0)
-    places = Cells(views, "place", np.unique(opposite[contrary]))
-    for rows in blocks(np.arange(len(prompt))):
-        found: list[tuple[int, Stays | Dropped]] = []
-        others = iter(places.at(opposite[rows][contrary[rows]]))
-        columns = (column[rows].tolist() for column in (prompt, wordless, alike, contrary))
-        for row, key, bare, same, contradicted in zip(rows.tolist(), *columns, strict=True):
-            if bare:
-                said = f"{WORDLESS[bare]}: no letter or digit"
-                found.append((row, Dropped("side_without_words", said)))
-            elif same:
-                said = "chosen and rejected differ in case and punctuation only"
-                found.append((row, Dropped("sides_alike", said)))
-            elif contradicted:
-                said = f"{next(others)} prefers the other of the same two answers"
-                found.append((row, Dropped("contradictory_pairs", said)))
-            else:
-                found.append((row, Stays(ties=(f"prompt:{key:016x}",))))
-        yield verdict_table(found)
+    with Cells(views, "place", np.unique(opposite[contrary]), scratch) as places:
+        for rows in blocks(np.arange(len(prompt))):
+            others = iter(places.at(opposite[rows][contrary[rows]]))
+            columns = (column[rows].tolist() for column in (prompt, wordless, alike, contrary))
+            yield verdict_table(
+                [
+                    (row, _verdict(key, bare, same, next(others) if contradicted else None))
+                    for row, key, bare, same, contradicted in zip(rows.tolist(), *columns, strict=True)
+                ]
+            )
+
+
+def _verdict(prompt: int, wordless: int, alike: bool, opposite: str | None) -> Stays | Dropped:
+    if wordless:
+        return Dropped("side_without_words", f"{WORDLESS[wordless]}: no letter or digit")
+    if alike:
+        return Dropped("sides_alike", "chosen and rejected differ in case and punctuation only")
+    if opposite is not None:
+        return Dropped("contradictory_pairs", f"{opposite} prefers the other of the same two answers")
+    return Stays(ties=(f"prompt:{prompt:016x}",))
 
 
 def length_bias(chosen: NDArray[np.int32], rejected: NDArray[np.int32]) -> dict[str, Any]:

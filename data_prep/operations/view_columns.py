@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -56,9 +59,14 @@ def same_as_first(keys: Sequence[NDArray[np.uint64]]) -> NDArray[np.int64]:
     for key in keys:
         ordered = key[order]
         begins[1:] |= ordered[1:] != ordered[:-1]
+        del ordered
+    # Where in the order each run begins. The sort is stable, so that is the first row of it.
+    run = np.arange(len(order))
+    run[~begins] = 0
+    np.maximum.accumulate(run, out=run)
+    np.take(order, run, out=run, mode="clip")
     found = np.empty(len(order), dtype=np.int64)
-    # The sort is stable, so a run begins with its first row.
-    found[order] = order[np.flatnonzero(begins)][np.cumsum(begins) - 1]
+    found[order] = run
     return found
 
 
@@ -68,18 +76,33 @@ def blocks(rows: NDArray[np.int64], size: int = 8192) -> Iterator[NDArray[np.int
 
 
 class Cells:
-    """The strings of a column at some rows. rows: ascending, each once."""
+    """The strings of a column at some rows, in a file; 16 bytes a row are held. rows: ascending, each once.
 
-    def __init__(self, views: Views, column: str, rows: NDArray[np.int64]) -> None:
-        parts, begin = [], 0
-        for table in views.tables([column]):
-            low, high = np.searchsorted(rows, [begin, begin + table.num_rows])
-            if low < high:
-                parts.append(table[column].take(pa.array(rows[low:high] - begin)).combine_chunks())
-            begin += table.num_rows
+    A context manager, which closes the file.
+    """
+
+    def __init__(self, views: Views, column: str, rows: NDArray[np.int64], scratch: Path) -> None:
         self._rows = rows
-        self._cells = pa.chunked_array(parts, pa.string()).cast(pa.large_string()).combine_chunks()
+        self._bounds = np.zeros(len(rows) + 1, dtype=np.int64)
+        self._file = (scratch / column).open("x+b")
+        begin = low = 0
+        for table in views.tables([column]):
+            high = low + int(np.searchsorted(rows[low:], begin + table.num_rows))
+            chosen = table[column].take(pa.array(rows[low:high] - begin)).to_pylist()
+            cells = [cell.encode() for cell in chosen]
+            self._bounds[low + 1 : high + 1] = self._bounds[low] + np.cumsum([len(cell) for cell in cells])
+            self._file.write(b"".join(cells))
+            begin, low = begin + table.num_rows, high
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def at(self, rows: NDArray[np.int64]) -> list[str]:
         """The strings at some of the rows, in any order."""
-        return self._cells.take(pa.array(np.searchsorted(self._rows, rows))).to_pylist()
+        places = np.searchsorted(self._rows, rows)
+        bounds = zip(self._bounds[places].tolist(), self._bounds[places + 1].tolist(), strict=True)
+        return [os.pread(self._file.fileno(), end - begin, begin).decode() for begin, end in bounds]
