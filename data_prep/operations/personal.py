@@ -60,9 +60,10 @@ def _redacted(record: Record, redactor: Redactor, key: bytes) -> Record:
     record = with_texts(record, redactor.redact)
     before = json.loads(record.meta)
     after = _walk(before, redactor.redact)
+    tags = before.get("tags")
     for name in CLUSTER_TAGS:
-        if name in before.get("tags", {}):
-            after["tags"][name] = _nameless(before["tags"][name], redactor, key)
+        if isinstance(tags, dict) and isinstance(tags.get(name), str):
+            after["tags"][name] = _nameless(tags[name], redactor, key)
     meta = json.dumps(after, ensure_ascii=False, sort_keys=True)
     id, group = _nameless(record.id, redactor, key), _nameless(record.group, redactor, key)
     return replace(record, id=id, group=group, meta=meta if redactor.counts else record.meta)
@@ -104,26 +105,37 @@ def _nameless(name: str, redactor: Redactor, key: bytes) -> str:
     return digest.hexdigest()[:16] + number
 
 
-Clean = Callable[[str], str]
 NOT_SHOWN = "(not shown: it is cut, and could not be redacted whole)"
 
 
-def scrubber(operations: Sequence[Any]) -> Clean | None:
-    """What cleans the texts of reports by the rules of all operations that redact or drop; None without any.
+@dataclass(frozen=True)
+class Scrubber:
+    """Cleans what reports show of rows as these operations clean the rows themselves."""
 
-    A text that was cut ("...") is not shown at all: what is left of a secret may have lost its form.
-    """
-    redacting = [
+    operations: tuple[PersonalData, ...]
+
+    def __call__(self, text: str) -> str:
+        """The text redacted. A text that was cut ("...") is not shown at all: what is left of a secret may
+        have lost its form.
+        """
+        if "..." in text:
+            return NOT_SHOWN
+        rules = tuple(dict.fromkeys(rule for each in self.operations for rule in each.rules))
+        searches = tuple(dict.fromkeys(search for each in self.operations for search in each.searches))
+        return Redactor(rules, searches).redact(text)
+
+    def name(self, id: str) -> str:
+        """The id as it is, or will be, in the data set."""
+        for each in self.operations:
+            id = _nameless(id, Redactor(each.rules, each.searches), each.key)
+        return id
+
+
+def scrubber(operations: Sequence[Any]) -> Scrubber | None:
+    """What cleans reports by the rules of all operations that redact or drop; None without any."""
+    redacting = tuple(
         operation
         for operation in operations
         if isinstance(operation, PersonalData) and operation.action != "find"
-    ]
-    rules = tuple(dict.fromkeys(rule for operation in redacting for rule in operation.rules))
-    searches = tuple(dict.fromkeys(search for operation in redacting for search in operation.searches))
-    if not redacting:
-        return None
-
-    def clean(text: str) -> str:
-        return NOT_SHOWN if "..." in text else Redactor(rules, searches).redact(text)
-
-    return clean
+    )
+    return Scrubber(redacting) if redacting else None

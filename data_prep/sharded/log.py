@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from data_prep.ingest import Reject
 from data_prep.operations.base import Dropped, Kept, Row
 from data_prep.operations.engine import EXAMPLE_CHARS, REVIEW_CHARS, Tally
+from data_prep.operations.personal import Scrubber
 from data_prep.records import excerpt
-
-Clean = Callable[[str], str]
 
 
 def line_of(value: Any) -> str:
@@ -20,7 +18,7 @@ def line_of(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-def cleaned(at: Reject, clean: Clean | None) -> Reject:
+def cleaned(at: Reject, clean: Scrubber | None) -> Reject:
     """A row that could not be read, with what is shown of it redacted where an operation redacts."""
     if clean is None:
         return at
@@ -31,7 +29,7 @@ def cleaned(at: Reject, clean: Clean | None) -> Reject:
 class StepLog:
     """Of one step over one chunk. clean: redacts what is shown, None where no operation redacts."""
 
-    clean: Clean | None
+    clean: Scrubber | None
     examples: int = 0
     tally: Tally = field(default_factory=Tally)
     rejects: list[str] = field(default_factory=list)
@@ -64,4 +62,5 @@ class StepLog:
             key: self.show(value, REVIEW_CHARS) if isinstance(value, str) else value
             for key, value in (verdict.review or {}).items()
         }
-        self.reviews.append(line_of({"file": row.file, "line": row.line, "id": verdict.record.id, **said}))
+        id = self.clean.name(verdict.record.id) if self.clean else verdict.record.id
+        self.reviews.append(line_of({"file": row.file, "line": row.line, "id": id, **said}))
