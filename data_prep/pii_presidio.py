@@ -134,7 +134,7 @@ def _engine(model: Path | None) -> Any:
         def load(self) -> None:
             raise RuntimeError("the pipeline is given, not loaded by name")
 
-    engine = LoadedEngine(models=[{"lang_code": "en", "model_name": "given"}])
+    engine: Any = LoadedEngine(models=[{"lang_code": "en", "model_name": "given"}])
     try:
         engine.nlp = {"en": spacy.load(model_directory(model)) if model else spacy.blank("en")}
     except (OSError, ValueError, ImportError) as error:

@@ -24,7 +24,7 @@ from data_prep.operations.quality import Quality
 from data_prep.operations.semantic import SemanticDuplicates
 from data_prep.operations.toxicity import Toxicity, load_scorer
 from data_prep.operations.unicode import REPAIRS, Unicode
-from data_prep.pii import OPTIONAL, RULES, custom_rules
+from data_prep.pii import OPTIONAL, RULES, Search, custom_rules
 from data_prep.pii_presidio import NAMED_ENTITIES, Presidio, default_types, model_directory
 from data_prep.semantic import check_model
 from posttrain.errors import ConfigError, Problem, UserError
@@ -133,7 +133,7 @@ def problems(configs: Sequence[Any], where: str) -> list[Problem]:
 
 def _packages(config: Any) -> list[tuple[str, str]]:
     """What an operation needs of the optional packages, each with the extra that brings it."""
-    needs = {
+    needs: dict[type, tuple[str, str]] = {
         settings.LanguageConfig: ("py3langid", "data"),
         settings.SemanticDuplicatesConfig: ("sentence_transformers", "semantic"),
     }
@@ -161,7 +161,7 @@ def _length(config: settings.LengthConfig, where: str, around: Surroundings) -> 
 def _pii(config: settings.PiiConfig, where: str, around: Surroundings) -> Operation:
     types = config.types
     rules = RULES if types is None else tuple(rule for rule in (*RULES, *OPTIONAL) if rule.type in types)
-    searches = ()
+    searches: tuple[Search, ...] = ()
     if config.backend == "presidio":
         model = around.locate(f"{where}.presidio_model") if config.presidio_model else None
         wanted = default_types(model is not None) if types is None else tuple(types)
