@@ -63,7 +63,10 @@ def records(folder: Path, count: int, seed: int = 0) -> Iterator[dict[str, Any]]
     for _ in range(count):
         near = bool(recent) and rng.random() < 0.1
         ask, answer = rng.choice(recent if near else bases)
-        pair = (edited(ask, rng, words, 0.03 if near else 0.4), edited(answer, rng, words, 0.03 if near else 0.4))
+        pair = (
+            edited(ask, rng, words, 0.03 if near else 0.4),
+            edited(answer, rng, words, 0.03 if near else 0.4),
+        )
         if len(recent) < 1000:
             recent.append(pair)
         else:
@@ -209,7 +212,12 @@ def comparisons(runs: list[dict[str, Any]]) -> dict[str, Any]:
     base = single.get(100_000)
     if base is not None:
         found["time_per_row_against_100k"] = {
-            str(rows): run["microseconds_per_row"] / base["microseconds_per_row"] for rows, run in single.items()
+            str(rows): run["microseconds_per_row"] / base["microseconds_per_row"]
+            for rows, run in single.items()
+        }
+        found["cpu_per_row_against_100k"] = {
+            str(rows): run["cpu_seconds"] / rows / (base["cpu_seconds"] / 100_000)
+            for rows, run in single.items()
         }
         found["rss_anon_against_100k"] = {
             str(rows): run["rss_anon_mb"] / base["rss_anon_mb"] for rows, run in single.items()
