@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
 
 from data_prep.near_duplicates import UnionFind
 from posttrain.errors import UserError
@@ -181,6 +179,9 @@ def _compare(
     nearest: NDArray[np.float32],
 ) -> int:
     """Join the rows of two blocks that are alike; how many pairs are."""
+    import scipy.sparse
+    from scipy.sparse.csgraph import connected_components
+
     first, second = _unit(part[left]), _unit(part[right])
     alike = first.astype(np.float32) @ second.astype(np.float32).T
     if left == right:

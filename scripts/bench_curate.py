@@ -215,6 +215,10 @@ def comparisons(runs: list[dict[str, Any]]) -> dict[str, Any]:
             str(rows): run["microseconds_per_row"] / base["microseconds_per_row"]
             for rows, run in single.items()
         }
+        found["cpu_per_row_against_100k"] = {
+            str(rows): run["cpu_seconds"] / rows / (base["cpu_seconds"] / 100_000)
+            for rows, run in single.items()
+        }
         found["rss_anon_against_100k"] = {
             str(rows): run["rss_anon_mb"] / base["rss_anon_mb"] for rows, run in single.items()
         }
