@@ -43,7 +43,7 @@ def encode(path: Path, texts: Sequence[str]) -> Encoded:
     """Embeddings of the texts, each from that text alone, to the bit.
 
     One text at a time on one thread: in a padded batch the last bits depend on the other texts (1e-7), and
-    they do on the number of threads. Raises UserError when `path` holds no sentence-transformers model.
+    they may on the number of threads. Raises UserError when `path` holds no sentence-transformers model.
     """
     import torch
 
