@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import html
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_prep.dataset import SPLITS, Split
+from data_prep.dataset import SPLITS
+from data_prep.figures import Counts, Figures, label, quantile
 from data_prep.operations.report import card_lines, report_section
 from data_prep.records import Kind, excerpt
 
 if TYPE_CHECKING:
     from data_prep.ingest import Reject
 
-Rows = dict[Split, list[dict[str, Any]]]
 SAMPLES = 3
 SAMPLE_CHARS = 1500
 BINS = 24
@@ -39,64 +38,6 @@ svg rect { fill: var(--bar) } svg text { font-size: 10px; fill: currentColor }
 .turn { border-left: 3px solid var(--bar); background: var(--soft); padding: .3rem .7rem; margin: .4rem 0;
   white-space: pre-wrap; overflow-wrap: anywhere } .turn b { display: block; font-size: .8em; opacity: .7 }
 """
-
-
-def measures(kind: Kind, row: dict[str, Any]) -> dict[str, int]:
-    """Length in characters of the row's parts: text | prompt, answer | prompt, chosen, rejected | prompt |
-    prompt, and desirable or undesirable.
-    """
-    if kind == "text":
-        return {"text": len(row["text"])}
-    if kind == "conversation":
-        *before, answer = row["messages"]
-        return {"prompt": _chars(before), "answer": _chars([answer])}
-    if kind == "unpaired_preference":
-        return {"prompt": _chars(row["prompt"]), _label(row): _chars(row["completion"])}
-    return {name: _chars(row[name]) for name in ("prompt", "chosen", "rejected") if name in row}
-
-
-def _label(row: dict[str, Any]) -> str:
-    return "desirable" if row["label"] else "undesirable"
-
-
-def _chars(turns: Sequence[dict[str, str]]) -> int:
-    return sum(len(turn["content"]) for turn in turns)
-
-
-def length_summary(kind: Kind, rows: Rows) -> dict[str, Any]:
-    """Quantiles in characters by part over both sides; for pairs also how often chosen is the longer one, for
-    unpaired preferences the share of desirable answers.
-    """
-    parts = _lengths(kind, rows)
-    summary: dict[str, Any] = {
-        name: {
-            "min": values[0],
-            "p50": _quantile(values, 0.5),
-            "p95": _quantile(values, 0.95),
-            "max": values[-1],
-        }
-        for name, values in ((name, sorted(values)) for name, values in parts.items())
-    }
-    if kind == "preference":
-        pairs = list(zip(parts["chosen"], parts["rejected"], strict=True))
-        summary["chosen_longer"] = round(sum(chosen > rejected for chosen, rejected in pairs) / len(pairs), 4)
-    if kind == "unpaired_preference":
-        good, bad = (len(parts.get(name, ())) for name in ("desirable", "undesirable"))
-        summary["desirable_share"] = round(good / (good + bad), 4)
-    return summary
-
-
-def _lengths(kind: Kind, rows: Rows) -> dict[str, list[int]]:
-    parts: dict[str, list[int]] = {}
-    for split in SPLITS:
-        for row in rows[split]:
-            for name, length in measures(kind, row).items():
-                parts.setdefault(name, []).append(length)
-    return parts
-
-
-def _quantile(ordered: Sequence[int], share: float) -> int:
-    return ordered[round(share * (len(ordered) - 1))]
 
 
 def card_markdown(info: dict[str, Any]) -> str:
@@ -228,19 +169,29 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def report_html(info: dict[str, Any], rows: Rows, dropped: Sequence[Reject]) -> str:
-    """report.html: counts, drops with an example each, length histograms, samples. All data are escaped."""
+def report_html(
+    info: dict[str, Any],
+    figures: Figures,
+    samples: Sequence[Mapping[str, Any]],
+    first_drops: Mapping[str, Reject],
+    drop_counts: Mapping[str, int],
+) -> str:
+    """report.html: counts, drops with an example each, length histograms, samples. All data are escaped.
+
+    samples: rows as in the dataset directory. first_drops, drop_counts: by reason, in the order in which the
+    reasons first came up.
+    """
     kind = info["kind"]
     kept = info["rows_out"]
-    figures = "".join(_histogram(name, values) for name, values in _lengths(kind, rows).items())
+    plots = "".join(_histogram(name, counts) for name, counts in figures.parts().items())
     bias = "".join(f"<p>{line}</p>" for line in _balance(info) if line)
-    samples = "".join(_sample(kind, row) for row in _spread(rows["train"], SAMPLES))
+    shown = "".join(_sample(kind, row) for row in samples)
     sources = _table(
         ("source", "format", "rows read", "sha256", "settings"),
         [(at["name"], at["format"], at["rows"], at["sha256"][:16], _details(at)) for at in info["sources"]],
     )
     sides = _table(("side", "rows", "groups"), [(s, kept[s], info["split"]["groups"][s]) for s in SPLITS])
-    drops = _drops(info["rows_in"], dropped) + report_section(info)
+    drops = _drops(info["rows_in"], first_drops, drop_counts) + report_section(info)
     gone = sum(info["drops"].values())
     body = f"""<h1>Data set: {html.escape(kind)}</h1>
 <p>{info["rows_in"]:,} rows in,{_repeated(info)} {sum(kept.values()):,} out, {gone:,} dropped.
@@ -252,9 +203,9 @@ Content hash <code>{html.escape(info["content_hash"])}</code></p>
 <h2>Dropped</h2>
 {drops}
 <h2>Lengths in characters</h2>
-{figures}{bias}
+{plots}{bias}
 <h2>Samples</h2>
-{samples}"""
+{shown}"""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -263,15 +214,11 @@ Content hash <code>{html.escape(info["content_hash"])}</code></p>
     )
 
 
-def _drops(rows_in: int, dropped: Sequence[Reject]) -> str:
-    if not dropped:
+def _drops(rows_in: int, first: Mapping[str, Reject], counts: Mapping[str, int]) -> str:
+    if not counts:
         return "<p>Nothing.</p>"
-    first: dict[str, Reject] = {}
-    for drop in dropped:
-        first.setdefault(drop.reason, drop)
-    counts = Counter(drop.reason for drop in dropped).most_common()
     rows = []
-    for reason, count in counts:
+    for reason, count in sorted(counts.items(), key=lambda at: -at[1]):
         at = first[reason]
         rows.append((reason, count, f"{count / rows_in:.2%}", f"{at.file}:{at.line}", excerpt(at.detail)))
     return _table(("reason", "rows", "share", "first at", "why"), rows)
@@ -292,22 +239,22 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
-def _spread(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """`count` rows evenly spread over `rows`."""
-    count = min(count, len(rows))
-    return [rows[index * len(rows) // count] for index in range(count)]
+def sample_places(rows: int, count: int = SAMPLES) -> list[int]:
+    """Places, from 0, of the `count` rows that are shown of `rows`: evenly spread."""
+    count = min(count, rows)
+    return [index * rows // count for index in range(count)]
 
 
-def _sample(kind: Kind, row: dict[str, Any]) -> str:
+def _sample(kind: Kind, row: Mapping[str, Any]) -> str:
     turns: list[tuple[str, str]] = [("text", row["text"])] if kind == "text" else []
     for name in ("messages", "prompt"):
         turns += [(turn["role"], turn["content"]) for turn in row.get(name, ())]
     for name in ("chosen", "rejected", "completion"):
-        label = _label(row) if name == "completion" and name in row else name
-        turns += [(label, turn["content"]) for turn in row.get(name, ())]
+        title = label(row) if name == "completion" and name in row else name
+        turns += [(title, turn["content"]) for turn in row.get(name, ())]
     shown = "".join(
-        f'<div class="turn"><b>{html.escape(label)}</b>{html.escape(_shorten(text))}</div>'
-        for label, text in turns
+        f'<div class="turn"><b>{html.escape(title)}</b>{html.escape(_shorten(text))}</div>'
+        for title, text in turns
     )
     return f"<h3><code>{html.escape(row['id'])}</code> from {html.escape(row['source'])}</h3>{shown}"
 
@@ -316,14 +263,13 @@ def _shorten(text: str) -> str:
     return text if len(text) <= SAMPLE_CHARS else text[:SAMPLE_CHARS] + " ..."
 
 
-def _histogram(name: str, values: Sequence[int]) -> str:
+def _histogram(name: str, lengths: Counts) -> str:
     """Bars over BINS equal bins up to the 99th percentile; the last bin also takes what is longer."""
-    ordered = sorted(values)
-    low, high = ordered[0], _quantile(ordered, 0.99)
+    low, high = min(lengths), quantile(lengths, 0.99)
     width = max((high - low) / BINS, 1)
     counts = [0] * BINS
-    for value in values:
-        counts[min(int((value - low) / width), BINS - 1)] += 1
+    for value, count in lengths.items():
+        counts[min(int((value - low) / width), BINS - 1)] += count
     scale = 80 / max(counts)
     bars = "".join(
         f'<rect x="{index * 12}" y="{90 - count * scale:.1f}" width="11" height="{count * scale:.1f}">'
@@ -331,11 +277,11 @@ def _histogram(name: str, values: Sequence[int]) -> str:
         for index, count in enumerate(counts)
         if count
     )
-    label = html.escape(name)
+    said = html.escape(name)
     return (
         '<figure><svg viewBox="0 0 288 104" width="288" height="104" role="img" '
-        f'aria-label="lengths of {label}">{bars}<text x="0" y="102">{low:,}</text>'
+        f'aria-label="lengths of {said}">{bars}<text x="0" y="102">{low:,}</text>'
         f'<text x="288" y="102" text-anchor="end">{low + BINS * width:,.0f}+</text></svg>'
-        f"<figcaption>{label}: median {_quantile(ordered, 0.5):,}, longest {ordered[-1]:,}</figcaption>"
+        f"<figcaption>{said}: median {quantile(lengths, 0.5):,}, longest {max(lengths):,}</figcaption>"
         "</figure>"
     )

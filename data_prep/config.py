@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import difflib
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from data_prep.licences import commercial_problem
-from data_prep.operations.config import MixConfig, NearDuplicatesConfig, OperationConfig, check_sources
+from data_prep.operations.config import (
+    MixConfig,
+    NearDuplicatesConfig,
+    OperationConfig,
+    SemanticDuplicatesConfig,
+    check_sources,
+)
 from data_prep.records import KINDS, Kind, Side
-from posttrain.config import DatasetRef, FileRef, StageConfig, StrictModel
+from posttrain.config import DatasetRef, FileRef, HowOnly, StageConfig, StrictModel
 
 GENERATORS: dict[str, str] = {"support_desk": "data_prep.tiny.world:generate"}
 """Named generators: "module:function", called (kind, rows, seed, **options), yielding records."""
@@ -208,7 +214,7 @@ class SplitConfig(StrictModel):
         description="group: records of one group (given by the source, else the words of the first user "
         "turn) land on the same side, in every data set with the same salt and eval_fraction. record: each "
         "distinct content by itself; near copies of a prompt may then straddle the split. cluster: as group, "
-        "and rows that the operation near_duplicates finds alike are on one side too.",
+        "and rows that near_duplicates and semantic_duplicates find alike are on one side too.",
     )
     salt: str = Field(
         "posttrain", description="Change it to draw another split; keep it to hold out the same groups."
@@ -267,6 +273,23 @@ class CurateConfig(StageConfig):
         description="Largest share of unusable rows; above it the stage fails, writing nothing.",
     )
 
+    engine: Annotated[Literal["local", "ray"], HowOnly()] = Field(
+        "local",
+        description="What runs the row-local work: local, processes of this machine, or ray, a Ray cluster. "
+        "The bytes written are the same.",
+    )
+    workers: Annotated[int, HowOnly()] = Field(
+        1,
+        ge=1,
+        description="Processes that do the row-local work; 1: this one. The bytes written are the same.",
+    )
+    shard_rows: int = Field(
+        1_000_000,
+        ge=1,
+        description="Most rows of a parquet file: a side of more is written as "
+        "train-00000-of-00003.parquet and so on.",
+    )
+
     @property
     def operates(self) -> bool:
         """Whether rows wait for the operations, and dataset.json says what became of each source."""
@@ -281,7 +304,8 @@ class CurateConfig(StageConfig):
     @model_validator(mode="after")
     def _clusters_to_split_by(self) -> CurateConfig:
         if self.split.by == "cluster" and not any(
-            isinstance(operation, NearDuplicatesConfig) for operation in self.operations
+            isinstance(operation, (NearDuplicatesConfig, SemanticDuplicatesConfig))
+            for operation in self.operations
         ):
             raise ValueError(
                 "`split.by: cluster` needs clusters; add {op: near_duplicates, keep: all} to `operations`"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +24,10 @@ CONTENT_COLUMNS: dict[Kind, tuple[str, ...]] = {
     "unpaired_preference": ("prompt", "completion", "label"),
     "prompt": ("prompt",),
 }
+ROW_GROUP = 65_536
+"""Rows of a row group of a parquet file."""
 DATASET_FILES = ("train.parquet", "eval.parquet", "rejects.jsonl", "card.md", "report.html", "dataset.json")
+"""Of a data set whose sides are no longer than `shard_rows`."""
 
 
 def columns(kind: Kind) -> list[str]:
@@ -53,23 +55,67 @@ def to_row(record: Record) -> dict[str, Any]:
     }
 
 
-def content_hash(rows: Mapping[Split, Sequence[dict[str, Any]]]) -> str:
-    """sha256 over the canonical JSON of every row, train before eval; order matters."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for row in rows[split]:
-            line = json.dumps([split, row], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-            digest.update(line.encode("utf-8") + b"\n")
-    return digest.hexdigest()
+def content_line(split: Split, row: dict[str, Any]) -> bytes:
+    """What the content hash covers of one row: canonical JSON. The hash is the sha256 of the lines of all
+    rows in their order, train before eval.
+    """
+    line = json.dumps([split, row], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return line.encode("utf-8") + b"\n"
 
 
 def write_split(path: Path, kind: Kind, rows: Iterable[dict[str, Any]]) -> None:
     """Write one parquet file. The same rows give the same bytes under the same pyarrow version."""
     import pyarrow as pa
+
+    write_tables(path, kind, [pa.Table.from_pylist(list(rows), schema=schema(kind))])
+
+
+def write_tables(path: Path, kind: Kind, tables: Iterable[pyarrow.Table]) -> None:
+    """Write one parquet file in row groups of ROW_GROUP, however the rows come in tables.
+
+    As many rows as a group are held. The same rows give the same bytes under the same pyarrow version.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.Table.from_pylist(list(rows), schema=schema(kind))
-    pq.write_table(table, path, compression="zstd", row_group_size=65_536, store_schema=True)
+    held: list[pyarrow.Table] = []
+    with pq.ParquetWriter(path, schema(kind), compression="zstd", store_schema=True) as writer:
+
+        def write(least: int) -> None:
+            table = pa.concat_tables(held).combine_chunks()
+            begin = 0
+            while table.num_rows - begin >= least:
+                group = table.slice(begin, ROW_GROUP)
+                if group.num_rows:
+                    writer.write_table(group, ROW_GROUP)
+                begin += ROW_GROUP
+            held[:] = [table.slice(begin)] if begin < table.num_rows else []
+
+        for table in tables:
+            held.append(table)
+            if sum(each.num_rows for each in held) >= ROW_GROUP:
+                write(ROW_GROUP)
+        if held:
+            write(1)
+
+
+def split_names(split: Split, rows: int, shard_rows: int) -> list[str]:
+    """File names of one side: train.parquet, or train-00000-of-00003.parquet and so on above `shard_rows`."""
+    count = max(1, -(-rows // shard_rows))
+    if count == 1:
+        return [f"{split}.parquet"]
+    return [f"{split}-{number:05}-of-{count:05}.parquet" for number in range(count)]
+
+
+def split_files(path: Path, split: Split) -> list[Path]:
+    """The parquet files of one side of a dataset directory in order; none where one is missing."""
+    whole = path / f"{split}.parquet"
+    if whole.is_file():
+        return [whole]
+    shards = sorted(path.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].parquet"))
+    count = int(shards[0].stem.rpartition("-")[2]) if shards else 0
+    names = [f"{split}-{number:05}-of-{count:05}.parquet" for number in range(count)]
+    return shards if [file.name for file in shards] == names else []
 
 
 def read_info(path: Path) -> dict[str, Any] | None:
@@ -92,7 +138,7 @@ def read_kind(path: Path) -> str | None:
 def read_split(path: Path, split: Split, kind: Kind | None = None) -> datasets.Dataset:
     """Read one side of a dataset directory, in memory and without a cache folder.
 
-    path: a directory with train.parquet and eval.parquet. kind: the kind the caller needs; None takes any.
+    path: a directory with train.parquet and eval.parquet, or with their shards. kind: the kind the caller needs; None takes any.
     Raises DataError: directory or file missing, not parquet, wrong kind or columns, no rows.
     """
     import datasets
@@ -101,19 +147,22 @@ def read_split(path: Path, split: Split, kind: Kind | None = None) -> datasets.D
     import pyarrow.parquet as pq
 
     path = Path(path)
-    file = path / f"{split}.parquet"
-    if not file.is_file():
-        raise DataError(_missing(path, file))
-    try:
-        table = pq.read_table(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{file}: cannot be read as parquet ({error})\n    run the curate stage again"
-        ) from error
-    _check_kind(path, file, table, kind)
+    files = split_files(path, split)
+    if not files:
+        raise DataError(_missing(path, path / f"{split}.parquet"))
+    tables = []
+    for file in files:
+        try:
+            tables.append(pq.read_table(file))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(
+                f"{file}: cannot be read as parquet ({error})\n    run the curate stage again"
+            ) from error
+        _check_kind(path, file, tables[-1], kind)
+    table = pa.concat_tables(tables)
     if table.num_rows == 0:
         raise DataError(
-            f"{file}: has no rows\n    change the split or the sources of this data set and curate it again"
+            f"{files[0]}: has no rows\n    change the split or the sources of this data set and curate it again"
         )
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 

@@ -57,6 +57,10 @@ class SourceReport:
     why: str = ""
 
 
+RawRows = Iterator[tuple[int, dict[str, Any] | BadRow]]
+"""(line, row as its file holds it) pairs."""
+
+
 def read_file(
     source: SourceConfig, kind: Kind, path: Path, name: str, limit: int | None
 ) -> tuple[SourceReport, Iterator[tuple[int, Record | Reject]]]:
@@ -65,13 +69,23 @@ def read_file(
     Records are of `kind`, with source and group. The report fills while the pairs are consumed.
     Raises DataError: unreadable, no format fits or several do, or the format cannot feed `kind`.
     """
+    report, rows = open_file(source, kind, path, name, limit)
+    return report, ((line, parsed(source, kind, report.name, report.format, line, row)) for line, row in rows)
+
+
+def open_file(
+    source: SourceConfig, kind: Kind, path: Path, name: str, limit: int | None
+) -> tuple[SourceReport, RawRows]:
+    """The rows of one file as it holds them, at most `limit`; what `parsed` makes records of.
+
+    The report fills while they are consumed: its format is there when the first good row is. Raises as
+    `read_file`.
+    """
     report = SourceReport(name, source.format, sha256_file(path), details=_licence(source))
-    return report, _from_rows(source, kind, str(path), read_rows(path, source.read), limit, report)
+    return report, _fitting(source, kind, str(path), read_rows(path, source.read), limit, report)
 
 
-def read_hub(
-    source: SourceConfig, kind: Kind, directory: Path | None = None
-) -> tuple[SourceReport, Iterator[tuple[int, Record | Reject]]]:
+def open_hub(source: SourceConfig, kind: Kind, directory: Path | None = None) -> tuple[SourceReport, RawRows]:
     """The same of a Hub data set. The report's sha256, of the rows read, is set at the end.
 
     directory: where it was downloaded to. Raises DataError: it cannot be loaded, and as `read_file`.
@@ -82,17 +96,15 @@ def read_hub(
     return report, _hashed(source, kind, directory or Path(place).expanduser(), report)
 
 
-def _hashed(
-    source: SourceConfig, kind: Kind, directory: Path, report: SourceReport
-) -> Iterator[tuple[int, Record | Reject]]:
+def _hashed(source: SourceConfig, kind: Kind, directory: Path, report: SourceReport) -> RawRows:
     digest = hashlib.sha256()
 
-    def rows() -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
+    def rows() -> RawRows:
         for line, row in hub_rows(source, directory):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             yield line, row
 
-    yield from _from_rows(source, kind, report.name, rows(), source.rows, report)
+    yield from _fitting(source, kind, report.name, rows(), source.rows, report)
     report.sha256 = digest.hexdigest()
 
 
@@ -100,65 +112,62 @@ def _licence(source: SourceConfig) -> dict[str, Any]:
     return {} if source.licence is None else {"licence": source.licence}
 
 
-def _from_rows(
-    source: SourceConfig,
-    kind: Kind,
-    place: str,
-    rows: Iterator[tuple[int, dict[str, Any] | BadRow]],
-    limit: int | None,
-    report: SourceReport,
-) -> Iterator[tuple[int, Record | Reject]]:
-    pairs = ((line, row if isinstance(row, BadRow) else prepared(row, source)) for line, row in rows)
-    for line, row in _detected(source, kind, place, pairs, report):
+def _fitting(
+    source: SourceConfig, kind: Kind, place: str, rows: RawRows, limit: int | None, report: SourceReport
+) -> RawRows:
+    """The rows, counted, up to `limit`, once it is known that their format can feed `kind`."""
+    fits = False
+    for line, row in _detected(source, kind, place, rows, report):
         if report.rows == limit:
             return
         report.rows += 1
-        if isinstance(row, BadRow):
-            yield line, Reject(report.name, line, row.reason, row.detail, excerpt(row.raw))
-            continue
-        _check_feeds(place, report.format, kind)
-        if FORMATS[report.format].native == "preference" and kind in ("conversation", "text"):
-            report.details["use"] = source.use
-        try:
-            record = FORMATS[report.format].parse(row)
-            # The group is that of the source record, so that all kinds made from one file split alike.
-            group = _group(row, source.group_column) if source.group_column else default_group(record)
-            meta = _with_columns(record.meta, row, source.meta_columns)
-            name = _id(row, source.id_column) if source.id_column else record.id
-            record = replace(record, id=name, source=f"{report.name}:{line}", group=group, meta=meta)
-            yield line, project(record, kind, source.use)
-        except InvalidRecord as error:
-            yield line, Reject(report.name, line, error.reason, str(error), excerpt(row))
+        if not fits and not isinstance(row, BadRow):
+            _check_feeds(place, report.format, kind)
+            if FORMATS[report.format].native == "preference" and kind in ("conversation", "text"):
+                report.details["use"] = source.use
+            fits = True
+        yield line, row
 
 
-def _detected(
-    source: SourceConfig,
-    kind: Kind,
-    place: str,
-    pairs: Iterator[tuple[int, dict[str, Any] | BadRow]],
-    report: SourceReport,
-) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """The same pairs, after the report was given the format that the first LOOKED_AT of them are in."""
+def parsed(
+    source: SourceConfig, kind: Kind, name: str, form: str, line: int, row: dict[str, Any] | BadRow
+) -> Record | Reject:
+    """One row of a file called `name`, in the format `form`, as a record of `kind` with source and group."""
+    if isinstance(row, BadRow):
+        return Reject(name, line, row.reason, row.detail, excerpt(row.raw))
+    row = prepared(row, source)
+    try:
+        record = FORMATS[form].parse(row)
+        # The group is that of the source record, so that all kinds made from one file split alike.
+        group = _group(row, source.group_column) if source.group_column else default_group(record)
+        meta = _with_columns(record.meta, row, source.meta_columns)
+        own = _id(row, source.id_column) if source.id_column else record.id
+        record = replace(record, id=own, source=f"{name}:{line}", group=group, meta=meta)
+        return project(record, kind, source.use)
+    except InvalidRecord as error:
+        return Reject(name, line, error.reason, str(error), excerpt(row))
+
+
+def _detected(source: SourceConfig, kind: Kind, place: str, rows: RawRows, report: SourceReport) -> RawRows:
+    """The same rows, after the report was given the format that the first LOOKED_AT of them are in."""
     if source.format != "auto":
-        yield from pairs
+        yield from rows
         return
-    while first := _beginning(pairs):
-        good = [(line, row) for line, row in first if not isinstance(row, BadRow)]
+    while first := _beginning(rows):
+        good = [(line, prepared(row, source)) for line, row in first if not isinstance(row, BadRow)]
         if good:
             found = detect_rows(good, place, kind)
             report.format, report.why = found.format, found.why()
         yield from first
         if good:
             break
-    yield from pairs
+    yield from rows
 
 
-def _beginning(
-    pairs: Iterator[tuple[int, dict[str, Any] | BadRow]],
-) -> list[tuple[int, dict[str, Any] | BadRow]]:
-    """The first LOOKED_AT pairs, fewer where they are large."""
+def _beginning(rows: RawRows) -> list[tuple[int, dict[str, Any] | BadRow]]:
+    """The first LOOKED_AT rows, fewer where they are large."""
     first, size = [], 0
-    for line, row in islice(pairs, LOOKED_AT):
+    for line, row in islice(rows, LOOKED_AT):
         first.append((line, row))
         size += len(repr(row))
         if size > LARGEST_BEGINNING:

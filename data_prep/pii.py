@@ -18,19 +18,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from data_prep.pii_patterns import RULES, TYPES, Rule
+from data_prep.pii_patterns import OPTIONAL, RULES, TYPES, Rule
 from posttrain.errors import UserError
 
-__all__ = ["RULES", "TYPES", "Finding", "Redactor", "Rule", "custom_rules", "find"]
+__all__ = ["OPTIONAL", "RULES", "TYPES", "Finding", "Redactor", "Rule", "Search", "custom_rules", "find"]
 
 _DIGIT = re.compile("[0-9]")
 _TYPE = re.compile("[A-Z][A-Z0-9_]{0,31}")
 _SPACING = re.compile(r"[\s().-]")
 _SPACED = frozenset({"PHONE", "CREDIT_CARD", "IBAN", "SSN"})
 """Types whose values are the same however they are grouped."""
+
+
+Search = Callable[[str], Iterable[tuple[int, int, str]]]
+"""A search beside the rules: (start, end, type) of what it finds in a text (`data_prep.pii_presidio`)."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +46,14 @@ class Finding:
     end: int
 
 
-def find(text: str, rules: Sequence[Rule] = RULES) -> list[Finding]:
-    """What the rules find, from left to right. Findings do not overlap.
+def find(text: str, rules: Sequence[Rule] = RULES, searches: Sequence[Search] = ()) -> list[Finding]:
+    """What the rules, and then the searches, find, from left to right. Findings do not overlap.
 
     Of two that do, one finding is made that covers both and has the type of the earlier rule: nothing found
     is left out.
     """
     hits: list[tuple[int, int, int]] = []
+    types = [rule.type for rule in rules]
     digits = _DIGIT.search(text) is not None
     for rank, rule in enumerate(rules):
         if not (any(hint in text for hint in rule.hints) if rule.hints else digits):
@@ -57,7 +62,11 @@ def find(text: str, rules: Sequence[Rule] = RULES) -> list[Finding]:
             span = rule.check(match)
             if span is not None:
                 hits.append((*span, rank))
-    return [Finding(rules[rank].type, start, end) for start, end, rank in _merged(hits)]
+    for search in searches:
+        for start, end, type in search(text):
+            types.append(type)
+            hits.append((start, end, len(types) - 1))
+    return [Finding(types[rank], start, end) for start, end, rank in _merged(hits)]
 
 
 def _merged(hits: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -98,15 +107,20 @@ class Redactor:
     about other records. counts: findings by type so far.
     """
 
-    def __init__(self, rules: Sequence[Rule] = RULES) -> None:
+    def __init__(self, rules: Sequence[Rule] = RULES, searches: Sequence[Search] = ()) -> None:
         self.rules = rules
+        self.searches = searches
         self.counts: Counter[str] = Counter()
         self._numbers: dict[tuple[str, str], int] = {}
         self._values: Counter[str] = Counter()
 
+    def find(self, text: str) -> list[Finding]:
+        """What is replaced in the text, from left to right."""
+        return find(text, self.rules, self.searches)
+
     def redact(self, text: str) -> str:
         """The text with every finding replaced."""
-        findings = find(text, self.rules)
+        findings = self.find(text)
         if not findings:
             return text
         parts, done = [], 0

@@ -47,7 +47,7 @@ def luhn(number: str) -> bool:
 
 def _card(match: re.Match[str]) -> tuple[int, int] | None:
     number = re.sub("[ -]", "", match.group())
-    issuer = number[0] in "23456" or number.startswith("1800")
+    issuer = number[0] in "23456" or number.startswith(("1800", "0604"))
     return match.span() if issuer and len(set(number)) > 1 and luhn(number) else None
 
 
@@ -93,12 +93,33 @@ _HYPHENED = {(3, 3, 4), (1, 3, 3, 4), (3, 3, 3, 4), (3, 4), (2, 2, 2, 2), (3, 3,
 _YEAR = re.compile("1[5-9]|20|21")
 
 
+_CALLED = re.compile(
+    r"\b(?:tel|telephone|phone|fax|mobile|cell|call(?: me| us)?|dial)"
+    r"(?: number| no\.?)?(?: is| at| on)?[.:]{0,2}\s?$",
+    re.I,
+)
+_CALLED_BEHIND = re.compile(r"(?P<dash>-| -\ )?\ ?(?:office|fax|mobile|cell|home)\b", re.I)
+
+
+def _said_to_be_phone(match: re.Match[str], groups: int) -> bool:
+    """Said beside the digits: "call 33 93 31", "61 51 81 office"; not "655502 cell phones"."""
+    if _CALLED.search(match.string[max(match.start() - 40, 0) : match.start()]):
+        return True
+    behind = _CALLED_BEHIND.match(match.string, match.end())
+    return behind is not None and (groups > 1 or behind["dash"] is not None)
+
+
 def _phone(match: re.Match[str]) -> tuple[int, int] | None:
-    """Groups of digits as phone numbers have them, and as dates, sums and decimal numbers have not."""
+    """Groups of digits as phone numbers have them, and as dates, sums and decimal numbers have not.
+
+    What is called a phone number beside it may have any groups.
+    """
     text = match.group()
     main, _, extension = text.partition("x")
     groups = re.findall("[0-9]+", main)
     digits = sum(map(len, groups))
+    if 6 <= digits <= 15 and _said_to_be_phone(match, len(groups)):
+        return match.span()
     if text[0] == "+":
         return match.span() if 8 <= digits <= 15 else None
     if not 7 <= digits <= 13:
@@ -116,6 +137,14 @@ def _phone(match: re.Match[str]) -> tuple[int, int] | None:
     if "." in main and sizes not in {(3, 3, 4), (2, 2, 2, 2, 2), (3, 3, 3, 4)}:
         return None
     return match.span()
+
+
+def _url(match: re.Match[str]) -> tuple[int, int] | None:
+    """Without the punctuation of the sentence that it ends; a closing bracket belongs to an opening one."""
+    text = match.group().rstrip(".,;:!?*_")
+    while text.endswith((")", "]", "}")) and text.count(text[-1]) > text.count("([{"[")]}".index(text[-1])]):
+        text = text[:-1].rstrip(".,;:!?*_")
+    return (match.start(), match.start() + len(text)) if "." in text[4:] or "localhost" in text else None
 
 
 def _mixed(match: re.Match[str]) -> tuple[int, int] | None:
@@ -204,4 +233,13 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 """In order of precedence: what two rules find in one place has the type of the first."""
+OPTIONAL: tuple[Rule, ...] = (
+    _rule(
+        "URL",
+        r"(?<![A-Za-z0-9])(?i:https?://|ftp://|www\.)[^\s<>\"'`]{1,2000}+",
+        ("://", "www.", "WWW."),
+        _url,
+    ),
+)
+"""Rules that run only where their type is asked for: a public address is seldom personal."""
 TYPES: tuple[str, ...] = tuple(dict.fromkeys(rule.type for rule in RULES))

@@ -26,6 +26,9 @@ class InvalidRecord(ValueError):
         super().__init__(detail)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[InvalidRecord], tuple[str, str]]:
+        return InvalidRecord, (self.reason, str(self))
+
 
 def excerpt(value: Any, limit: int = 160) -> str:
     """One-line, shortened, printable form of any value, for messages and rejects.jsonl."""

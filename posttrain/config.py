@@ -24,6 +24,7 @@ __all__ = [
     "DatasetRef",
     "FileRef",
     "ForeignModelRef",
+    "HowOnly",
     "InputKind",
     "ModelRef",
     "Reference",
@@ -31,6 +32,7 @@ __all__ = [
     "StageConfig",
     "StrictModel",
     "find_references",
+    "how_fields",
     "load_yaml",
 ]
 
@@ -47,6 +49,14 @@ class InputKind(str):
 @dataclass(frozen=True)
 class OwnTokenizer:
     """Marks a model input whose tokenizer and template may differ from those of the stage's other models."""
+
+
+@dataclass(frozen=True)
+class HowOnly:
+    """Marks a field that says how a stage does its work and never what comes of it: a number of processes.
+
+    It does not count in the hash of the stage's inputs, so a run may be resumed with another value.
+    """
 
 
 ModelRef = Annotated[str, InputKind("model")]
@@ -91,6 +101,15 @@ def find_references(config: BaseModel) -> list[Reference]:
     for reference in _walk_model(config, ""):
         found.setdefault(reference.field, reference)
     return list(found.values())
+
+
+def how_fields(config: StageConfig) -> set[str]:
+    """The fields of a stage's own block that are marked HowOnly."""
+    return {
+        name
+        for name, field in type(config).model_fields.items()
+        if any(isinstance(mark, HowOnly) for mark in field.metadata)
+    }
 
 
 def _walk_model(model: BaseModel, prefix: str) -> Iterator[Reference]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from posttrain.config import StageConfig, find_references
+from posttrain.config import StageConfig, find_references, how_fields
 from posttrain.errors import UserError
 from posttrain.hashing import hash_json
 from posttrain.inputs import ResolvedInput, check_same_tokenizer, resolve
@@ -61,9 +61,10 @@ def plan_stage(
 def hash_inputs(kind: str, config: StageConfig, inputs: Mapping[str, ResolvedInput]) -> str:
     """Hash of everything that decides a stage's result: its code version, settings, seed and input contents.
 
-    The paths of inputs do not count, their contents do, so a run directory may be moved.
+    The paths of inputs do not count, their contents do, so a run directory may be moved. Neither do fields
+    marked HowOnly.
     """
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json", exclude=how_fields(config))
     for reference in find_references(config):
         _blank(settings, reference.field.split("."))
     return hash_json(

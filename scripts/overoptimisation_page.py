@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.over_optimisation import WINDOW, Fit, Summary, Trajectory
-from eval.report.svg import HEIGHT, WIDTH, Axes, dot, frame, nice_ticks, number, path, rect, svg, text
+from posttrain.svg import HEIGHT, WIDTH, Axes, dot, frame, nice_ticks, number, path, rect, svg, text
 
 Table = tuple[list[str], list[list[str]]]
 

@@ -10,13 +10,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_prep.card import measures
 from data_prep.columns import lookup, prepared
 from data_prep.config import ReadConfig, SourceConfig, SplitConfig
 from data_prep.dedup import content_key
 from data_prep.doctor.columns import Column, add_row
 from data_prep.doctor.licences import licence_beside
 from data_prep.doctor.suggest import META, Suggestion, suggest
+from data_prep.figures import measures
 from data_prep.files import BadRow, FileFacts, read_rows
 from data_prep.formats import FORMATS
 from data_prep.records import InvalidRecord, PreferenceRecord, Record, UnpairedPreferenceRecord

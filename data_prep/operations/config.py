@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from data_prep.operations.quality_rules import RULES
-from data_prep.pii import TYPES, custom_rules
-from posttrain.config import DatasetRef, ForeignModelRef, StrictModel
+from data_prep.pii import OPTIONAL, TYPES, custom_rules
+from data_prep.pii_presidio import NAMED_ENTITIES, PRESIDIO_TYPES
+from posttrain.config import DatasetRef, FileRef, ForeignModelRef, StrictModel
 
 Part = Literal["whole", "prompt", "answer"]
 _PART = "What of a record is compared: whole, prompt (all turns before the answer), or answer."
@@ -56,6 +57,35 @@ class NearDuplicatesConfig(_Operation):
     )
     rows: int = Field(5, ge=1, description="Rows of a band: fewer find more pairs and compare more.")
     seed: int = Field(0, ge=0, description="Seed of the permutations.")
+
+
+class SemanticDuplicatesConfig(_Operation):
+    """Rows that say the same in other words: embeddings of a local model, clusters of cosine similarity."""
+
+    op: Literal["semantic_duplicates"]
+    model: ForeignModelRef = Field(
+        description="A sentence-transformers model: a directory, or an id of the Hub. It runs on the CPU."
+    )
+    part: Part = Field("whole", description=_PART)
+    threshold: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Cosine similarity from which two rows are alike. It depends on the model: 0.9 is for "
+        "all-MiniLM-L6-v2, where it finds 68 % of the rephrased GSM8K questions (docs/curation.md).",
+    )
+    keep: Literal["first", "all"] = Field(
+        "first",
+        description="first: of a cluster only its first row stays. all: rows stay and are tagged with their "
+        "semantic_cluster; with `split.by: cluster` they land on one side.",
+    )
+    part_rows: int = Field(
+        20_000,
+        ge=2,
+        description="Up to so many rows all pairs are compared. More rows are divided by k-means into parts "
+        "of about this size, and pairs across parts are missed.",
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Seed of k-means.")
 
 
 class DecontaminateConfig(_Operation):
@@ -175,18 +205,45 @@ class PiiConfig(_Operation):
         "redact",
         description="find: tag types and counts. redact: pseudonyms such as [EMAIL_1]. drop: the row.",
     )
-    types: list[str] | None = Field(None, description="Types to look for. Default: all.")
+    types: list[str] | None = Field(
+        None, description="Types to look for. Default: all but those docs/curation.md says must be named."
+    )
+    backend: Literal["patterns", "presidio"] = Field(
+        "patterns",
+        description="presidio: besides the patterns, the recognisers of Presidio (extra `presidio`).",
+    )
+    presidio_model: FileRef | None = Field(
+        None,
+        description="Directory of a spaCy model for Presidio, which then finds PERSON and LOCATION too. "
+        "Nothing is downloaded. Default: patterns alone.",
+    )
     patterns: dict[str, str] = Field(
         default_factory=dict, description="Types of one's own, in capitals: a Python regular expression each."
     )
 
+    key_file: FileRef | None = Field(
+        None,
+        description="A file of at least 16 random bytes: ids and groups that are personal data become hashes "
+        "under this key. Without it the hashes are plain, and a phone number can be guessed from its hash.",
+    )
+
     @model_validator(mode="after")
     def _known_types(self) -> PiiConfig:
+        presidio = self.backend == "presidio"
+        if self.presidio_model is not None and not presidio:
+            raise ValueError("`presidio_model` belongs to `backend: presidio`")
+        known = [*TYPES, *(rule.type for rule in OPTIONAL), *(PRESIDIO_TYPES if presidio else ())]
         for name in self.types or ():
-            if name not in TYPES:
-                near = difflib.get_close_matches(name, TYPES, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"types are {', '.join(TYPES)}"
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = (
+                    f"did you mean {near[0]!r}?" if near else f"types are {', '.join(dict.fromkeys(known))}"
+                )
+                if name in PRESIDIO_TYPES:
+                    hint = "set `backend: presidio`"
                 raise ValueError(f"unknown type {name!r}; {hint}")
+            if name in NAMED_ENTITIES and self.presidio_model is None:
+                raise ValueError(f"only a model finds {name}; set `presidio_model`, or leave the type out")
         custom_rules(self.patterns)
         return self
 
@@ -241,6 +298,7 @@ class MixConfig(_Operation):
 OperationConfig = Annotated[
     DuplicatesConfig
     | NearDuplicatesConfig
+    | SemanticDuplicatesConfig
     | DecontaminateConfig
     | UnicodeConfig
     | LanguageConfig
@@ -256,7 +314,10 @@ OperationConfig = Annotated[
 
 def settings_of(config: Any) -> dict[str, Any]:
     """An operation's settings for dataset.json: all but its name and what only the report needs."""
-    return config.model_dump(mode="json", exclude={"op", "examples"})
+    hidden = {"op", "examples", "key_file"}
+    if isinstance(config, PiiConfig) and config.backend == "patterns":
+        hidden |= {"backend", "presidio_model"}
+    return config.model_dump(mode="json", exclude=hidden)
 
 
 def check_sources(mix: MixConfig, names: Sequence[str]) -> None:

@@ -1,26 +1,18 @@
-"""Runs operations one after the other in this process, and keeps the ledger of each.
+"""One step over some rows: verdicts become rows that stay, drops that are counted, and lines for a reader.
 
-For every operation rows_in + repeated = rows_out + drops; ids stay unique.
+For every step rows_in + repeated = rows_out + drops, over any rows; what is counted of parts of the rows, in
+their order, adds up to what is counted of all (`Tally.add`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
-from data_prep.operations.base import (
-    CorpusOperation,
-    Dropped,
-    Kept,
-    MapOperation,
-    Operation,
-    Row,
-    Stays,
-    tagged,
-)
-from data_prep.records import excerpt
+from data_prep.ingest import Reject
+from data_prep.operations.base import Dropped, Kept, MapOperation, Operation, Row, Stays, tagged
 
 BATCH_ROWS = 1000
 EXAMPLE_CHARS, REVIEW_CHARS = 160, 600
@@ -37,139 +29,142 @@ class Step:
     examples: int = 3
 
 
-@dataclass(frozen=True)
-class Drop:
-    """A dropped row: by which step (1, 2, ...) and why."""
-
-    row: Row
-    step: int
-    operation: str
-    reason: str
-    detail: str
-
-
 @dataclass
-class Ledger:
-    """What one operation did. repeated: rows that mixing added; notes: what was changed or tagged."""
+class Tally:
+    """What a step did with some rows. repeated: rows that mixing added; notes: what was changed or tagged.
 
-    operation: str
-    settings: dict[str, Any]
+    drops, first: how many rows of each reason, and the first of them, reasons in the order they came up.
+    """
+
     rows_in: int = 0
     rows_out: int = 0
     repeated: int = 0
     drops: Counter[str] = field(default_factory=Counter)
+    first: dict[str, Reject] = field(default_factory=dict)
     notes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    def add(self, later: Tally, examples: int) -> None:
+        """Count what was done with the rows that come after these. examples: how many a reason."""
+        self.rows_in += later.rows_in
+        self.rows_out += later.rows_out
+        self.repeated += later.repeated
+        self.drops.update(later.drops)
+        self.notes.update(later.notes)
+        for reason, at in later.first.items():
+            self.first.setdefault(reason, at)
+        for reason, shown in later.examples.items():
+            held = self.examples.setdefault(reason, [])
+            held += shown[: examples - len(held)]
+
+    def drop(self, at: Reject) -> None:
+        """Count a row that goes."""
+        self.drops[at.reason] += 1
+        self.first.setdefault(at.reason, at)
+
+    def conserved(self) -> bool:
+        """Whether every row went somewhere."""
+        return self.rows_in + self.repeated == self.rows_out + self.drops.total()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        first = {reason: asdict(at) for reason, at in self.first.items()}
+        return {**vars(self), "first": first}
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> Tally:
+        """The tally that `as_json` wrote down."""
+        first = {reason: Reject(**at) for reason, at in value["first"].items()}
+        counters = {name: Counter(value[name]) for name in ("drops", "notes")}
+        return cls(**{**value, **counters, "first": first})
+
+
+@dataclass
+class Ledger:
+    """What one operation did with all rows, and its own facts."""
+
+    step: Step
+    tally: Tally = field(default_factory=Tally)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For dataset.json; counters by name, so that equal data give equal bytes."""
         return {
-            "op": self.operation,
-            "settings": self.settings,
-            "rows_in": self.rows_in,
-            "repeated": self.repeated,
-            "rows_out": self.rows_out,
-            "drops": dict(sorted(self.drops.items())),
-            "notes": dict(sorted(self.notes.items())),
+            "op": self.step.name,
+            "settings": self.step.settings,
+            "rows_in": self.tally.rows_in,
+            "repeated": self.tally.repeated,
+            "rows_out": self.tally.rows_out,
+            "drops": dict(sorted(self.tally.drops.items())),
+            "notes": dict(sorted(self.tally.notes.items())),
             "facts": self.facts,
-            "examples": dict(sorted(self.examples.items())),
+            "examples": dict(sorted(self.tally.examples.items())),
         }
 
 
-@dataclass
-class Ran:
-    """Rows that are left, drops in the order they fell, a ledger a step, and the review list."""
+class Log(Protocol):
+    """Takes what one step says of one row."""
 
-    rows: list[Row]
-    drops: list[Drop] = field(default_factory=list)
-    ledgers: list[Ledger] = field(default_factory=list)
-    review: list[dict[str, Any]] = field(default_factory=list)
+    tally: Tally
 
+    def dropped(self, row: Row, verdict: Dropped) -> None:
+        """The row goes."""
+        ...
 
-def run_operations(
-    rows: Sequence[Row],
-    steps: Sequence[Step],
-    unique_id: Callable[[str], str],
-    tick: Callable[[Step, int], None] = lambda step, rows: None,
-    show: Show = excerpt,
-) -> Ran:
-    """Put the rows through the steps. unique_id: gives a repeated row an id that no other has.
-
-    tick: called with the step and the number of rows it has done. show: makes of a text what examples and the
-    review list may show of it, in so many characters.
-    """
-    ran = Ran(list(rows))
-    for number, step in enumerate(steps, start=1):
-        ledger = Ledger(step.name, step.settings, rows_in=len(ran.rows))
-        ran.ledgers.append(ledger)
-        before, ran.rows = ran.rows, []
-        outcomes = (
-            _mapped(step.operation, before)
-            if isinstance(step.operation, MapOperation)
-            else _decided(step.operation, before, ledger)
-        )
-        for done, (row, verdict) in enumerate(outcomes, start=1):
-            if isinstance(verdict, Dropped):
-                ran.drops.append(Drop(row, number, step.name, verdict.reason, verdict.detail))
-                _count(ledger, row, verdict, step.examples, show)
-                continue
-            if isinstance(verdict, Kept) and verdict.review is not None:
-                ran.review.append(_reviewed(row, verdict, show))
-            ran.rows += _kept(row, verdict, ledger, unique_id)
-            if done % BATCH_ROWS == 0:
-                tick(step, BATCH_ROWS)
-        tick(step, len(before) % BATCH_ROWS)
-        ledger.rows_out = len(ran.rows)
-        assert ledger.rows_in + ledger.repeated == ledger.rows_out + sum(ledger.drops.values()), step.name
-    return ran
+    def reviewed(self, row: Row, verdict: Kept) -> None:
+        """The row is for the review list."""
+        ...
 
 
-def _mapped(operation: MapOperation, rows: Sequence[Row]) -> Iterator[tuple[Row, Kept | Dropped]]:
+def mapped(operation: MapOperation, rows: Sequence[Row], log: Log) -> list[Row]:
+    """The rows that a map operation keeps, as it leaves them."""
+    kept: list[Row] = []
+    log.tally.rows_in += len(rows)
     for begin in range(0, len(rows), BATCH_ROWS):
         batch = rows[begin : begin + BATCH_ROWS]
-        yield from zip(batch, operation.apply(batch), strict=True)
+        for row, verdict in zip(batch, operation.apply(batch), strict=True):
+            if isinstance(verdict, Dropped):
+                log.dropped(row, verdict)
+                continue
+            if verdict.review is not None:
+                log.reviewed(row, verdict)
+            log.tally.notes.update(verdict.notes)
+            kept.append(row if verdict.record is row.record else replace(row, record=verdict.record))
+    log.tally.rows_out += len(kept)
+    return kept
 
 
-def _decided(
-    operation: CorpusOperation, rows: Sequence[Row], ledger: Ledger
-) -> Iterable[tuple[Row, Stays | Dropped]]:
-    decided = operation.decide([operation.view(row) for row in rows])
-    ledger.facts.update(decided.facts)
-    return zip(rows, decided.verdicts, strict=True)
-
-
-def _count(ledger: Ledger, row: Row, dropped: Dropped, examples: int, show: Show) -> None:
-    ledger.drops[dropped.reason] += 1
-    shown = ledger.examples.setdefault(dropped.reason, [])
-    if len(shown) < examples:
-        text = show(row.record.turns()[0][1], EXAMPLE_CHARS)
-        detail = show(dropped.detail, EXAMPLE_CHARS)
-        shown.append({"at": f"{row.file}:{row.line}", "detail": detail, "excerpt": text})
-
-
-def _reviewed(row: Row, kept: Kept, show: Show) -> dict[str, Any]:
-    said = {
-        key: show(value, REVIEW_CHARS) if isinstance(value, str) else value
-        for key, value in (kept.review or {}).items()
-    }
-    return {"file": row.file, "line": row.line, "id": kept.record.id, **said}
-
-
-def _kept(
-    row: Row,
-    verdict: Kept | Stays,
-    ledger: Ledger,
-    unique_id: Callable[[str], str],
+def decided(
+    rows: Sequence[Row],
+    verdicts: Iterable[tuple[int, Stays | Dropped]],
+    copy_name: Callable[[str], str],
+    log: Log,
 ) -> list[Row]:
-    ledger.notes.update(verdict.notes)
-    if isinstance(verdict, Kept):
-        return [row if verdict.record is row.record else replace(row, record=verdict.record)]
+    """The rows that a corpus operation keeps, repeated ones after each other.
+
+    verdicts: with the places of their rows, ascending. copy_name: an id that no other row has, from that of
+    the row that is repeated.
+    """
+    kept: list[Row] = []
+    log.tally.rows_in += len(rows)
+    done = 0
+    for place, verdict in verdicts:
+        kept += rows[done:place]
+        done = place + 1
+        if isinstance(verdict, Dropped):
+            log.dropped(rows[place], verdict)
+        else:
+            kept += _repeated(rows[place], verdict, copy_name, log)
+    kept += rows[done:]
+    log.tally.rows_out += len(kept)
+    return kept
+
+
+def _repeated(row: Row, verdict: Stays, copy_name: Callable[[str], str], log: Log) -> Iterator[Row]:
+    log.tally.notes.update(verdict.notes)
     record = tagged(row.record, **verdict.tags)
-    kept = replace(row, record=record, ties=(*row.ties, *verdict.ties))
-    copies = [
-        replace(kept, record=replace(record, id=unique_id(record.id)), copy=number)
-        for number in range(1, verdict.copies)
-    ]
-    ledger.repeated += len(copies)
-    return [kept, *copies]
+    row = replace(row, record=record, ties=(*row.ties, *verdict.ties))
+    yield row
+    for number in range(1, verdict.copies):
+        log.tally.repeated += 1
+        yield replace(row, record=replace(record, id=copy_name(record.id)), copy=number)

@@ -29,9 +29,9 @@ from eval.report.page import (
     stage_rows,
     total_seconds,
 )
-from eval.report.svg import number
 from posttrain.errors import UserError
 from posttrain.rundir import atomic_write_text
+from posttrain.svg import number
 
 __all__ = ["write_report"]
 

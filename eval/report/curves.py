@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eval.report.charts import Line, line_chart
 from eval.report.load import Pipeline, Stage
+from posttrain.charts import Line, line_chart
 
 PANEL_WIDTH = 350
 

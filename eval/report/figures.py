@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from eval.report.charts import (
+from eval.report.curves import Figure
+from eval.report.load import Pipeline, Stage
+from posttrain.charts import (
     Bar,
     Line,
     Mark,
@@ -17,9 +19,7 @@ from eval.report.charts import (
     scatter,
     stacked_bars,
 )
-from eval.report.curves import Figure
-from eval.report.load import Pipeline, Stage
-from eval.report.svg import WIDTH
+from posttrain.svg import WIDTH
 
 Results = dict[str, Any]
 PART_NAMES = {

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from eval.report.load import Pipeline, Stage
-from eval.report.svg import rect, svg, text
+from posttrain.svg import rect, svg, text
 
 BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 148, 50, 22, 44, 14
 KIND_COLOURS = {

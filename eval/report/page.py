@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.report.lineage import output_hash
 from eval.report.load import Pipeline, Stage, is_number
-from eval.report.svg import number
+from posttrain.svg import number
 
 SAMPLES_PER_GROUP = 4
 SHOWN_METRICS = 6

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import scipy.sparse
 from rich.console import Console
@@ -121,62 +123,160 @@ def test_a_split_by_cluster_leaks_nothing_where_rows_leak(tmp_path: Path, search
     assert found == {"record": (381, 30), "cluster": (0, 0)}
 
 
-SECRETS = {
-    "EMAIL": "ann.planted@shop.example",
-    "SSN": "536-22-8145",
-    "CREDIT_CARD": "4556 7375 8689 9855",
-    "KEY": "ghp_" + "aB3dE6gH9jK2mN5pQ8sT1vW4yZ7bC0eF3hJ6",
-}
+def planted() -> list[tuple[str, str]]:
+    """(text that holds it, secret) of every sample of every type: those the patterns are tested on."""
+    from tests.unit.test_pii import AROUND, FOUND
+
+    return [
+        (f"{AROUND.get(value, ('', ''))[0]}{value}{AROUND.get(value, ('', ''))[1]}", value)
+        for samples in FOUND.values()
+        for value in samples
+    ]
 
 
-@pytest.mark.parametrize("action", ["redact", "drop"])
-def test_no_secret_reaches_any_output(tmp_path: Path, action: str) -> None:
-    """Planted in turns, tools, groups, dropped rows, unreadable rows and evaluation items."""
+def traces(secret: str) -> set[str]:
+    """What must stand in no output: the secret as it is written in text, JSON and HTML, and most of it."""
+    written = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]}
+    written |= {html.escape(each) for each in written}
+    return written | {each[:-3] for each in written if len(each) > 15}
+
+
+def with_secrets() -> list[Any]:
+    """Rows with every secret in every field, in each way in which a row is dropped or cannot be used."""
     rows: list[Any] = [
         {
             "messages": [
                 {"role": "user", "content": f"Question {n} for {'the kettle ' * (n % 7)}"},
                 {"role": "assistant", "content": f"Answer {n}"},
             ],
-            "who": str(n),
+            "who": f"g{n}",
+            "key": f"k{n}",
+            "about": n,
         }
-        for n in range(300)
+        for n in range(400)
     ]
-    for number, secret in enumerate(SECRETS.values()):
+    for number, (text, _) in enumerate(planted()):
+        plain = [{"role": "user", "content": f"Nothing {number}"}, {"role": "assistant", "content": "No."}]
         turns = [
-            {"role": "user", "content": f"{secret} is mine, number {number}, and so is {'x' * 90} {secret}"},
-            {"role": "assistant", "content": f"I see {secret}. {{"},
+            {"role": "system", "content": f"Number {number}. {text}"},
+            {"role": "user", "content": f"{text} is mine, number {number}, and so is {'x' * 90} {text} ."},
+            {"role": "assistant", "content": f"I see\n{text}\n{{"},
         ]
-        rows += [{"messages": turns, "who": secret}] * 2
-        rows += [{"messages": [{"role": "wizard", "content": secret}], "who": "w"}]
-        rows += [{"messages": [{"role": "user", "content": secret}], "who": "w", secret: secret}]
+        tool = {"type": "function", "function": {"name": "f", "description": text, "parameters": {}}}
+        common = {"who": f"s{number}", "key": f"r{number}", "about": "-"}
+        rows += [{**common, "messages": turns, "who": text}] * 2
+        rows += [{**common, "messages": [{"role": "wizard", "content": text}]}]
+        rows += [{**common, "messages": [{"role": "user", "content": text}], text: text}]
+        rows += [{**common, "messages": [*turns[:2], {"role": "assistant", "content": f"{text} {{ other"}]}]
+        rows += [{**common, "messages": plain, "about": {"a": [text, {text: 1}]}, "tools": [tool]}]
         rows += [
-            {"messages": [*turns[:1], {"role": "assistant", "content": f"{secret} {{ other"}], "who": "v"}
+            {**common, "messages": [{**plain[0], "content": f"{number} {end}"}, plain[1]], "key": text}
+            for end in ("first", "second", "third")
         ]
-    exam = save(tmp_path / "exam.jsonl", [{"q": f"{SECRETS['EMAIL']} is mine, number 0, and so is this"}])
+        rows += [{**common, "messages": [{**plain[0], "content": f"{text} {'long ' * 200}"}, plain[1]]}]
+    card = {"role": "user", "content": "A card as a number"}
+    rows += [{"messages": [card, plain[1]], "who": "n", "key": "n", "about": 4111111111111111}]
+    return rows
+
+
+def outputs(directory: Path, said: str) -> dict[str, str]:
+    """Every file of a run directory by name, parquet as JSON too, and what was said."""
+    texts = {"console": said}
+    for file in directory.rglob("*"):
+        if file.is_file():
+            texts[file.name] = file.read_bytes().decode("utf-8", "replace")
+            if file.suffix == ".parquet":
+                texts[f"{file.name} read"] = json.dumps(pq.read_table(file).to_pylist())
+    return texts
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("action", ["redact", "drop"])
+def test_no_secret_reaches_any_output(tmp_path: Path, action: str, first: bool) -> None:
+    """Every type, planted in turns, tools, meta, ids, groups, dropped and unreadable rows and evaluation
+    items; in every file of the run directory and in what is said. first: personal data before the rest.
+    """
+    (tmp_path / "key").write_text("sixteen bytes and more")
+    exam = save(tmp_path / "exam.jsonl", [{"q": f"{planted()[0][0]} is mine, number 0, and so is this"}])
+    personal = {"op": "pii", "action": action, "key_file": str(tmp_path / "key")}
+    others = [
+        {"op": "decontaminate", "against": [exam], "ngram": 5, "review_above": 0.05},
+        {"op": "near_duplicates", "keep": "all"},
+        {"op": "quality", "rules": ["c4_curly_bracket"], "part": "answer", "action": "drop"},
+    ]
+    source = save(tmp_path / "a.jsonl", with_secrets())
     settings = config(
         "conversation",
-        sources=[{"path": save(tmp_path / "a.jsonl", rows), "group_column": "who"}],
-        max_reject_fraction=0.1,
-        operations=[
-            {"op": "decontaminate", "against": [exam], "ngram": 5, "review_above": 0.05},
-            {"op": "near_duplicates", "keep": "all"},
-            {"op": "quality", "rules": ["c4_curly_bracket"], "part": "answer", "action": "tag"},
-            {"op": "pii", "action": action},
-            {"op": "duplicates"},
-        ],
+        sources=[{"path": source, "group_column": "who", "id_column": "key", "meta_columns": ["about"]}],
+        filters={"max_chars": 900},
+        max_reject_fraction=0.3,
+        operations=[personal, *others, {"op": "duplicates"}]
+        if first
+        else [*others, personal, {"op": "duplicates"}],
     )
-    _, said = curate(settings, tmp_path / "out")
-    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    assert {"review.jsonl", *DATASET_FILES} <= {file.name for file in files}
-    texts = {file.name: file.read_text() for file in files if file.suffix != ".parquet"}
-    texts |= {split: json.dumps(rows) for split, rows in rows_of(tmp_path / "out").items()}
-    for name, text in {**texts, "console": said}.items():
-        for secret in SECRETS.values():
-            assert secret not in text, name
-            assert secret[:-3] not in text, name
-    kept = texts["train"] + texts["eval"]
-    assert ("[SSN_1]" in kept) == (action == "redact")
+    info, said = curate(settings, tmp_path / "out")
+    assert {"duplicate", "too_long", "unknown_role"} <= set(info["drops"]), info["drops"]
+    texts = outputs(tmp_path / "out", said)
+    assert {"rejects.jsonl", "report.html", "train.parquet read", "manifest.json", "console"} <= set(texts)
+    assert first or "review.jsonl" in texts
+    leaks = {
+        (name, secret)
+        for name, text in texts.items()
+        for _, secret in planted()
+        for trace in traces(secret)
+        if trace in text
+    }
+    assert leaks == set()
+    rows = texts["train.parquet read"] + texts["eval.parquet read"]
+    assert ("[SSN_1]" in rows) == (action == "redact")
+    assert "4111111111111111" not in rows
+
+
+def test_no_secret_is_in_the_message_of_a_run_that_fails(tmp_path: Path) -> None:
+    """Too many rows that cannot be used: the message shows one."""
+    for number, (text, secret) in enumerate(planted()):
+        rows = [*pairs(20), {"prompt": text, "chosen": text, "rejected": text}, {text: text}]
+        source = save(tmp_path / f"{number}.jsonl", rows)
+        settings = config("preference", source, operations=[{"op": "pii"}], max_reject_fraction=0)
+        with pytest.raises(UserError) as caught:
+            curate(settings, tmp_path / f"out{number}")
+        texts = outputs(tmp_path / f"out{number}", str(caught.value))
+        assert "cannot be used" in texts["console"]
+        assert not [(name, each) for name, text in texts.items() for each in traces(secret) if each in text]
+
+
+def test_equal_ids_and_groups_stay_equal_under_a_key(tmp_path: Path) -> None:
+    """Hashes of personal ids depend on the key; the ordinary ones are left."""
+    rows = [
+        {
+            "text": f"text {n}",
+            "who": f"ann{n % 2}@shop.example" if n < 30 else f"g{n}",
+            "key": "bob@shop.example",
+        }
+        for n in range(60)
+    ]
+    source = {"path": save(tmp_path / "a.jsonl", rows), "group_column": "who", "id_column": "key"}
+    found = {}
+    for name, key in (("none", None), ("one", "a" * 16), ("again", "a" * 16), ("two", "b" * 16)):
+        operation: dict[str, Any] = {"op": "pii"}
+        if key:
+            (tmp_path / f"{name}.key").write_text(key)
+            operation["key_file"] = str(tmp_path / f"{name}.key")
+        curate(config("text", sources=[source], operations=[operation]), tmp_path / name)
+        found[name] = sorted(
+            (row["text"], row["group"], row["id"])
+            for rows in rows_of(tmp_path / name).values()
+            for row in rows
+        )
+        groups = {group for _, group, _ in found[name]}
+        assert len(groups) == 32 and {f"g{n}" for n in range(30, 60)} < groups
+        assert len({each for _, _, each in found[name]}) == 60, "ids stay unique"
+    assert found["one"] == found["again"]
+    assert found["one"] != found["two"] != found["none"]
+    (tmp_path / "short.key").write_text("short")
+    operation = {"op": "pii", "key_file": str(tmp_path / "short.key")}
+    with pytest.raises(UserError, match="5 bytes are no key.*\n.*16"):
+        curate(config("text", sources=[source], operations=[operation]), tmp_path / "short")
 
 
 def test_lengths_are_tokens_of_the_rendered_template(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from eval.report import write_report
-from eval.report.charts import MAX_POINTS, Line, interval_bars, line_chart, smooth, thin
 from eval.report.lineage import build_graph, place
 from eval.report.load import load_pipeline
 from eval.report.page import collect_verdicts, duration
-from eval.report.svg import nice_ticks, number
+from posttrain.charts import MAX_POINTS, Line, interval_bars, line_chart, smooth, thin
 from posttrain.errors import DataError, UserError
+from posttrain.svg import nice_ticks, number
 from tests.integration.report_runs import PARENTS, write_pipeline
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -309,7 +309,7 @@ def test_smoothing_by_hand() -> None:
 
 
 def test_a_bar_starts_at_zero_and_ends_at_its_value() -> None:
-    from eval.report.charts import Bar
+    from posttrain.charts import Bar
 
     figure = ElementTree.fromstring(
         interval_bars([Bar("a", 0.5, 0.4, 0.6), Bar("b", 1.0, 0.9, 1.0)], "x", "name")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -25,6 +26,7 @@ from data_prep.operations.toxicity import Toxicity, load_scorer
 from data_prep.operations.unicode import Unicode
 from data_prep.records import ConversationRecord, Message, PreferenceRecord, Record, TextRecord
 from posttrain.errors import DataError, UserError
+from tests.unit.corpus import decided_on
 
 
 def row(record: Record, line: int = 1, source: str = "") -> Row:
@@ -211,9 +213,7 @@ def test_toxicity_is_a_tag_of_a_scorer_of_ones_own() -> None:
 
 
 def checked(*records: PreferenceRecord) -> tuple[list[Stays | Dropped], dict[str, Any]]:
-    operation = PreferenceChecks()
-    decided = operation.decide([operation.view(row(record, line)) for line, record in enumerate(records, 1)])
-    return list(decided.verdicts), dict(decided.facts)
+    return decided_on(PreferenceChecks(), [row(record, line) for line, record in enumerate(records, 1)], 2)
 
 
 def test_preference_checks() -> None:
@@ -244,14 +244,14 @@ def test_pairs_of_one_prompt_are_tied() -> None:
 
 def test_length_bias_by_hand() -> None:
     """7 of 10 unlike pairs; Wilson's interval at 95 % is .3968 to .8922."""
-    lengths = [(2, 1)] * 7 + [(1, 2)] * 3 + [(5, 5)] * 2
-    assert length_bias(lengths) == {
+    lengths = np.array([(2, 1)] * 7 + [(1, 2)] * 3 + [(5, 5)] * 2, dtype=np.int32)
+    assert length_bias(*lengths.T) == {
         "chosen_longer": 0.7,
         "chosen_longer_95": [0.3968, 0.8922],
         "mean_characters_chosen": 2.2,
         "mean_characters_rejected": 1.9,
     }
-    assert length_bias([(1, 1)]) == {}
+    assert length_bias(np.ones(1, np.int32), np.ones(1, np.int32)) == {}
 
 
 @pytest.mark.parametrize(
@@ -274,17 +274,17 @@ def test_rows_of_a_mix(mix: Mix, sizes: dict[str, int], rows: dict[str, int]) ->
 
 
 def test_a_mix_repeats_or_drops_rows_and_a_larger_one_only_adds() -> None:
-    views = [("a", f"a{n}") for n in range(10)] + [("b", f"b{n}") for n in range(4)]
-    twice = Mix({"a": 1, "b": 1}, max_epochs=2).decide(views).verdicts
+    rows = [row(TextRecord("t", id=f"a{n}"), source="a") for n in range(10)]
+    rows += [row(TextRecord("t", id=f"b{n}"), source="b") for n in range(4)]
+    twice, _ = decided_on(Mix({"a": 1, "b": 1}, max_epochs=2), rows, 3)
     assert [verdict.copies for verdict in twice[10:] if isinstance(verdict, Stays)] == [2] * 4
     kept = []
-    for rows in (4, 8, 12):
-        verdicts = Mix(rows=rows).decide(views).verdicts
-        kept.append(
-            {view for view, verdict in zip(views, verdicts, strict=True) if isinstance(verdict, Stays)}
-        )
+    for count in (4, 8, 12):
+        verdicts, _ = decided_on(Mix(rows=count), rows)
+        kept.append({place for place, verdict in enumerate(verdicts) if isinstance(verdict, Stays)})
+        assert len(kept[-1]) == count
     assert kept[0] < kept[1] < kept[2]
-    facts = Mix({"a": 1, "b": 1}).decide(views).facts
+    _, facts = decided_on(Mix({"a": 1, "b": 1}), rows)
     assert facts["sources"]["a"] == {"rows_before": 10, "rows": 4, "share": 0.5}
 
 

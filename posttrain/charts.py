@@ -1,4 +1,4 @@
-"""The chart kinds of the report, drawn with `eval.report.svg`."""
+"""Chart kinds of the reports, drawn with `posttrain.svg`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eval.report.svg import (
+from posttrain.svg import (
     BOTTOM,
     COLOURS,
     TOP,

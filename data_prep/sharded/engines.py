@@ -1,0 +1,148 @@
+"""What runs the tasks: this process, or several of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Protocol
+
+from data_prep.config import CurateConfig
+from data_prep.sharded.plan import Setup, Task
+from data_prep.sharded.tasks import Worker
+from posttrain.errors import ConfigError, DataError, PosttrainError, Problem, UserError
+
+Result = tuple[int, dict[str, Any]]
+"""A chunk and what is said of it."""
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+
+
+class Engine(Protocol):
+    """Runs tasks, wherever `Worker` can be made and sees the same files."""
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results in any order; no more tasks are taken than are soon run."""
+        ...
+
+    def close(self) -> None:
+        """Stop what was started."""
+        ...
+
+
+def make_engine(config: CurateConfig, setup: Setup) -> Engine:
+    """The engine that the configuration names. Raises ConfigError where it is not there."""
+    if config.engine == "ray":
+        raise ConfigError(
+            [
+                Problem(
+                    "engine",
+                    "engine ray is not available here",
+                    "set `engine: local` and `workers`",
+                    here=True,
+                )
+            ]
+        )
+    return OneProcess(setup) if config.workers == 1 else Processes(setup, config.workers)
+
+
+class OneProcess:
+    """Runs tasks one after the other in this process."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._worker = Worker(setup)
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results in the order of the tasks."""
+        for task in tasks:
+            yield task.chunk, self._worker.run(task)
+
+    def close(self) -> None:
+        """Nothing was started."""
+
+
+class Processes:
+    """Runs tasks in processes of this machine, each with one thread.
+
+    They begin at the first task, so a run whose chunks are all done starts none.
+    """
+
+    def __init__(self, setup: Setup, workers: int) -> None:
+        self._setup, self._workers = setup, workers
+        self._pool: ProcessPoolExecutor | None = None
+        self._environment: dict[str, str | None] = {}
+
+    def run(self, tasks: Iterable[Task]) -> Iterator[Result]:
+        """Results as they come. Raises PosttrainError when a process dies."""
+        waiting: set[Future[Result]] = set()
+        try:
+            for task in tasks:
+                waiting.add(self._started().submit(_run, task))
+                while len(waiting) > self._workers + 1:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        yield future.result()
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise PosttrainError(
+                f"a worker process died (of {self._workers}); it may have been killed for want of memory\n"
+                "    lower `workers`, or free memory; the same command goes on from the last finished chunk"
+            ) from error
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # New processes take these from here; the threads of this one are running already.
+            for name in _ONE_THREAD:
+                self._environment[name] = os.environ.get(name)
+                os.environ[name] = "1"
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._workers, context, _start, (self._setup,))
+        return self._pool
+
+    def close(self) -> None:
+        """End the processes when they have done what they are at."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+            for name, value in self._environment.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+_worker: list[Worker] = []
+"""The one of this process."""
+
+
+def _start(setup: Setup) -> None:
+    """Make a new process ready: ctrl-C is for the driver, and without it there is nothing to do."""
+    import pyarrow
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    pyarrow.set_cpu_count(1)
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    threading.Thread(target=_end_with, args=(driver,), daemon=True).start()
+    _worker[:] = [Worker(setup)]
+
+
+def _end_with(driver: Any) -> None:
+    driver.join()
+    os._exit(1)
+
+
+def _run(task: Task) -> Result:
+    """Run a task; errors with more to them than a text reach the driver as their text."""
+    try:
+        return task.chunk, _worker[0].run(task)
+    except UserError as error:
+        raise DataError(str(error)) from None
+    except PosttrainError as error:
+        raise PosttrainError(str(error)) from None
