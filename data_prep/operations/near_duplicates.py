@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_prep.dedup import content_key
@@ -155,6 +156,9 @@ def _likeness(found: Found) -> NDArray[np.float64]:
 
 def _sets(table: pa.Table) -> Shingles:
     column = table["shingles"].combine_chunks()
+    if not pc.sum(pc.binary_length(column)).as_py():
+        # Of arrays without content a file need not hold any buffer.
+        return Shingles(np.empty(0, dtype=np.uint64), np.zeros(len(column) + 1, dtype=np.int64))
     bounds = np.frombuffer(column.buffers()[1], dtype=np.int64)[column.offset :][: len(column) + 1]
     hashes = np.frombuffer(column.buffers()[2], dtype=np.uint64)
     return Shingles(hashes[bounds[0] // 8 : bounds[-1] // 8], (bounds - bounds[0]) // 8)
