@@ -9,6 +9,7 @@ both sides. The same configuration and files give the same bytes, by whatever en
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections import Counter
@@ -178,6 +179,10 @@ def _metrics(context: StageContext, info: dict[str, Any]) -> dict[str, Any]:
 def check(config: CurateConfig, where: str) -> list[Problem]:
     """Problems of the generators' options and of the operations, found without making a record."""
     problems = operation_problems(config.operations, where)
+    if config.engine == "ray" and importlib.util.find_spec("ray") is None:
+        remedy = "pip install 'posttrain[ray]', or set engine: local"
+        message = "engine ray needs the package ray, which is not installed"
+        problems.append(Problem(f"{where}.engine", message, remedy, here=True))
     for index, source in enumerate(config.sources):
         message = generator_problem(source, config.kind) if source.generator else None
         if message:

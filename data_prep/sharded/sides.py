@@ -56,7 +56,9 @@ def put(
     for row in rows_of(table.take(gone), config.kind) if gone else ():
         log.dropped(row, Dropped(REPEATED, "a repetition, in the eval side"))
     for split in SPLITS:
-        chosen = table if len(places[split]) == table.num_rows else table.take(pa.array(places[split], pa.int64()))
+        chosen = (
+            table if len(places[split]) == table.num_rows else table.take(pa.array(places[split], pa.int64()))
+        )
         said["sides"][split] = chosen.num_rows
         log.tally.rows_out += chosen.num_rows
         said["mixture"][split] = Counter(chosen.column("name").to_pylist())
