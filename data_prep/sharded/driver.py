@@ -31,9 +31,9 @@ attempt has done, and how many there are, where that is known.
 class Curated:
     """What is known of all rows.
 
-    tallies: by step, 0 for reading with filters and exact dedup, the last one for the split. chunks, last:
-    how many there are, and the segment whose files hold the sides; sides: rows of each chunk. mixture: rows by
-    side and source.
+    tallies: by step, 0 for reading with filters and exact dedup, the last one for the split. chunks,
+    last: how many there are, and the segment whose files hold the sides; sides: rows of each chunk.
+    mixture: rows by side and source.
     """
 
     figures: Figures
