@@ -54,14 +54,22 @@ class Sketches(NamedTuple):
 def sketch(texts: Sequence[str], settings: MinHashSettings) -> Sketches:
     """The sketches of `texts`, the same in any batch. A text without any word has an empty set."""
     keys = np.empty((len(texts), settings.bands), dtype=np.uint64)
-    hashes: list[Hashes] = [np.empty(0, dtype=np.uint64)]
-    sizes = np.zeros(len(texts), dtype=np.int64)
+    parts = []
     for begin, end in batches(texts):
-        sets = shingle(texts[begin:end], settings.words).sets()
-        keys[begin:end] = band_keys(signatures_of(sets, settings), settings)
-        hashes.append(sets.hashes)
-        sizes[begin:end] = np.diff(sets.starts)
-    return Sketches(keys, Shingles(np.concatenate(hashes), np.append(0, np.cumsum(sizes))))
+        parts.append(shingle(texts[begin:end], settings.words).sets())
+        keys[begin:end] = band_keys(signatures_of(parts[-1], settings), settings)
+    return Sketches(keys, _joined(parts))
+
+
+def shingle_sets(texts: Sequence[str], words: int) -> Shingles:
+    """The sets of a sketch, alone."""
+    return _joined([shingle(texts[begin:end], words).sets() for begin, end in batches(texts)])
+
+
+def _joined(parts: Sequence[Shingles]) -> Shingles:
+    sizes = np.concatenate([np.zeros(1, dtype=np.int64), *(np.diff(part.starts) for part in parts)])
+    hashes = np.concatenate([np.empty(0, dtype=np.uint64), *(part.hashes for part in parts)])
+    return Shingles(hashes, np.cumsum(sizes))
 
 
 def sign(texts: Sequence[str], settings: MinHashSettings) -> Signatures:

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_prep.dedup import content_key
-from data_prep.minhash import MinHashSettings, sketch
+from data_prep.minhash import MinHashSettings, shingle_sets, sketch
 from data_prep.near_duplicates import NearDuplicates as Found
 from data_prep.near_duplicates import connect, exact_near_duplicates
 from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
@@ -66,17 +67,22 @@ class NearDuplicates:
 
     def view(self, batch: Sequence[Row]) -> pa.Table:
         """keys: of the bands (not with `exact`); shingles: the set of them, 8 bytes each; id; place."""
-        found = sketch([part_text(row.record, self.part) for row in batch], self.settings)
-        bounds = pa.array(found.sets.starts * 8, pa.int64())
-        sets = pa.LargeBinaryArray.from_buffers(
-            pa.large_binary(), len(batch), [None, bounds.buffers()[1], pa.py_buffer(found.sets.hashes)]
-        )
-        columns = {
-            "shingles": sets,
+        texts = [part_text(row.record, self.part) for row in batch]
+        columns = {}
+        if self.exact:
+            found = shingle_sets(texts, self.settings.words)
+        else:
+            keys, found = sketch(texts, self.settings)
+            columns["keys"] = fixed(keys)
+        bounds = pa.array(found.starts * 8, pa.int64())
+        columns |= {
+            "shingles": pa.LargeBinaryArray.from_buffers(
+                pa.large_binary(), len(batch), [None, bounds.buffers()[1], pa.py_buffer(found.hashes)]
+            ),
             "id": pa.array([row.record.id for row in batch], pa.string()),
             "place": pa.array(map(place, batch), pa.string()),
         }
-        return pa.table(columns if self.exact else {"keys": fixed(found.keys), **columns})
+        return pa.table(columns)
 
     def decide(self, views: Views, scratch: Path) -> Decided:
         """Facts: clusters of two rows and more, rows in them, the largest, and pairs that were compared."""
@@ -150,6 +156,9 @@ def _likeness(found: Found) -> NDArray[np.float64]:
 
 def _sets(table: pa.Table) -> Shingles:
     column = table["shingles"].combine_chunks()
+    if not pc.sum(pc.binary_length(column)).as_py():
+        # Of arrays without content a file need not hold any buffer.
+        return Shingles(np.empty(0, dtype=np.uint64), np.zeros(len(column) + 1, dtype=np.int64))
     bounds = np.frombuffer(column.buffers()[1], dtype=np.int64)[column.offset :][: len(column) + 1]
     hashes = np.frombuffer(column.buffers()[2], dtype=np.uint64)
     return Shingles(hashes[bounds[0] // 8 : bounds[-1] // 8], (bounds - bounds[0]) // 8)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,14 +18,14 @@ from data_prep.dedup import content_key
 from data_prep.exact_join import exact_pairs
 from data_prep.minhash import MinHashSettings, sign, sketch
 from data_prep.near_duplicates import MAX_LEADERS, UnionFind, find_near_duplicates
-from data_prep.operations.base import Dropped, Row, Stays
+from data_prep.operations.base import Dropped, MemoryViews, Row, Stays
 from data_prep.operations.mixing import Mix
 from data_prep.operations.near_duplicates import Duplicates, NearDuplicates
 from data_prep.operations.preferences import PreferenceChecks
 from data_prep.records import Message, PreferenceRecord, TextRecord
 from data_prep.shingles import jaccard, mix, shingle
 from data_prep.split import group_key
-from tests.unit.corpus import decided_on
+from tests.unit.corpus import decided_on, verdicts_on, views_of
 
 Verdicts = list[Stays | Dropped]
 Pairs = list[tuple[int, int, float]]
@@ -258,3 +259,19 @@ def test_a_mix_is_that_of_sorted_hashes(count: int, batch: int, operation: Mix) 
 )
 def test_no_rows(operation: Any) -> None:
     assert decided_on(operation, [])[0] == []
+
+
+@pytest.mark.parametrize("values", [[], ["..."], ["...", "one two three four", "!", "One two three four!"]])
+@pytest.mark.parametrize("exact", [False, True])
+def test_views_survive_a_file(values: list[str], exact: bool) -> None:
+    """Also those without rows, or of rows without any word, for which a file holds no data."""
+    operation = NearDuplicates(MinHashSettings(), "whole", "all", exact=exact)
+    held = views_of(operation, texts(values), 1).held
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, held[0].schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        for table in held:
+            writer.write_table(table)
+    reader = pa.ipc.open_file(sink.getvalue())
+    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    tables = [pa.Table.from_batches([batch]) for batch in batches] + [reader.schema.empty_table()]
+    assert verdicts_on(operation, MemoryViews(tables)) == verdicts_on(operation, MemoryViews(held))
