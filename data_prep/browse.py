@@ -14,7 +14,7 @@ from rich.text import Text
 
 from data_prep.columns import prepared
 from data_prep.config import SourceConfig
-from data_prep.dataset import COMMON_COLUMNS, SPLITS, columns
+from data_prep.dataset import COMMON_COLUMNS, SPLITS, columns, split_files
 from data_prep.doctor.examine import beginning
 from data_prep.doctor.suggest import suggest
 from data_prep.files import BadRow, expand, read_rows
@@ -134,9 +134,10 @@ _Row = tuple[str, Record | None, str, str]
 
 def _records(data: str, split: str) -> Iterator[_Row]:
     directory = Path(data).expanduser()
-    file = directory / f"{split}.parquet"
-    if file.is_file():
-        yield from _curated(file)
+    files = split_files(directory, "eval" if split == "eval" else "train")
+    if files:
+        for file in files:
+            yield from _curated(file)
         return
     for path in expand(data):
         yield from _raw(path)

@@ -26,18 +26,3 @@ def content_key(record: Record) -> str:
     for label, text in record.turns():
         digest.update(f"\x1e{label}\x1f{normalise(text)}".encode())
     return digest.hexdigest()
-
-
-class SeenContent:
-    """Remembers the first place of every content."""
-
-    def __init__(self) -> None:
-        self._first: dict[bytes, str] = {}
-
-    def first_place(self, key: str, place: str) -> str | None:
-        """None when `key` is new (`place` is then remembered for it), else the place it was first seen at."""
-        raw = bytes.fromhex(key)
-        if raw in self._first:
-            return self._first[raw]
-        self._first[raw] = place
-        return None

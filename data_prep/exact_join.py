@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.shingles import jaccard, shingle
+from data_prep.shingles import Hashes, jaccard, shingle
 
 Pairs = NDArray[np.int64]
 
@@ -34,17 +34,21 @@ def exact_pairs(texts: Sequence[str], threshold: float = 0.7, words: int = 3) ->
 
     Texts without any word are in no pair. Raises ValueError: a threshold outside (0, 1].
     """
+    shingles = shingle(texts, words)
+    return pairs_of_sets([shingles.of(index) for index in range(len(texts))], threshold)
+
+
+def pairs_of_sets(sets: Sequence[Hashes], threshold: float) -> Joined:
+    """`exact_pairs` of texts by their sets of shingles (`Shingles.of`). Holds all of them in memory."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be in (0, 1], got {threshold}")
-    shingles = shingle(texts, words)
-    sets = [shingles.of(index) for index in range(len(texts))]
     sizes = np.array([len(each) for each in sets], dtype=np.int64)
     candidates = _candidates(sets, sizes, threshold)
     compared = ((left, right, jaccard(sets[left], sets[right])) for left, right in candidates.tolist())
     return Joined(tuple(pair for pair in compared if pair[2] >= threshold), len(candidates))
 
 
-def _candidates(sets: Sequence[NDArray[np.uint64]], sizes: NDArray[np.int64], threshold: float) -> Pairs:
+def _candidates(sets: Sequence[Hashes], sizes: NDArray[np.int64], threshold: float) -> Pairs:
     """Pairs that share a shingle of both prefixes and whose sizes allow the threshold."""
     if not sizes.sum():
         return np.empty((0, 2), dtype=np.int64)

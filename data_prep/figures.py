@@ -46,10 +46,11 @@ def _chars(turns: Sequence[Mapping[str, str]]) -> int:
 class Figures:
     """Counts over rows of one kind.
 
-    rows: by side. sources: by side, rows by file (the column `source` without the line). lengths: by side and part, rows by length in
-    characters. differences: pairs by length of chosen less that of rejected, in characters. turns: rows by
-    number of turns of the dialogue or prompt. tokens, languages: rows by what the operations length and
-    language tagged. pii_rows, pii_values: by type, rows and findings that the operation pii tagged.
+    rows: by side. sources: by side, rows by file (the column `source` without the line). lengths: by side
+    and part, rows by length in characters. differences: pairs by length of chosen less that of rejected,
+    in characters. turns: rows by number of turns of the dialogue or prompt. tokens, languages: rows by
+    what the operations length and language tagged. pii_rows, pii_values: by type, rows and findings that
+    the operation pii tagged.
     """
 
     kind: Kind
@@ -146,7 +147,10 @@ def _read(counts: Mapping[str, int], numbers: bool) -> dict[Any, int]:
 
 
 def quantile(counts: Mapping[int, int], share: float) -> int:
-    """The value at place round(share * (n - 1)), from 0, of the n values in order. Raises ValueError for none."""
+    """The value at place round(share * (n - 1)), from 0, of the n values in order.
+
+    Raises ValueError for none.
+    """
     left = round(share * (sum(counts.values()) - 1))
     for value, count in sorted(counts.items()):
         if left < count:

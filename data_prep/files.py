@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import ReadConfig
+from data_prep.dataset import SPLITS, split_files
 from data_prep.json_rows import json_rows, jsonl_rows
 from data_prep.streams import BadRow, Damage, FileFacts, utf8_chunks
 from data_prep.table_rows import csv_rows, parquet_rows, text_rows
@@ -35,7 +36,6 @@ __all__ = [
 _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 SUFFIXES = (*_PLAIN, *(f"{suffix}{packed}" for packed in (".gz", ".zst") for suffix in _PLAIN), ".parquet")
 _NO_DATA = ("license", "licence", "readme", "notice", "copying", "data_license", "requirements")
-_OWN_FILES = ("train.parquet", "eval.parquet")
 
 
 def expand(pattern: str) -> list[Path]:
@@ -71,8 +71,10 @@ def expand(pattern: str) -> list[Path]:
 
 def _in_folder(path: Path, pattern: str) -> list[Path]:
     names = {entry.name for entry in path.iterdir()}
-    if "dataset.json" in names and set(_OWN_FILES) <= names:
-        return [path / name for name in _OWN_FILES]
+    if "dataset.json" in names:
+        own = [split_files(path, split) for split in SPLITS]
+        if all(own):
+            return [file for files in own for file in files]
     files = [file for file in walk(path) if file.name.lower().endswith(SUFFIXES) and not _is_about(file)]
     if not files:
         shown = ", ".join(sorted(names)[:6]) or "nothing"

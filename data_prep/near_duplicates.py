@@ -11,179 +11,185 @@ Ullman, Mining of Massive Datasets, section 3.4 (banding).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.exact_join import exact_pairs
-from data_prep.shingles import Hashes, Shingles, jaccard, mix, shingle
+from data_prep.exact_join import pairs_of_sets
+from data_prep.minhash import MinHashSettings, band_keys, batches, signatures_of
+from data_prep.shingles import Hashes, jaccard, shingle
 
-Signatures = NDArray[np.uint32]
-BATCH_CHARACTERS = 2_000_000
-CHUNK_SHINGLES = 16_384
-EMPTY = np.uint32(2**32 - 1)
 MAX_LEADERS = 32
-
-
-@dataclass(frozen=True)
-class MinHashSettings:
-    """threshold: Jaccard similarity from which two texts are near-duplicates. words: of one shingle.
-    bands, rows: of the LSH; bands x rows permutations are computed.
-    """
-
-    threshold: float = 0.7
-    words: int = 3
-    bands: int = 32
-    rows: int = 5
-    seed: int = 0
-
-    @property
-    def permutations(self) -> int:
-        """Values of one signature."""
-        return self.bands * self.rows
+LIST_BUCKETS = 8192
 
 
 @dataclass(frozen=True)
 class NearDuplicates:
     """cluster: for every text, the index of the first text of its cluster, its own where it is alone.
 
-    pairs: the confirmed ones, (earlier, later, similarity), enough to connect every cluster. candidates: how
-    many pairs were compared.
+    earlier, later, similarity: the confirmed pairs, enough to connect every cluster, in no order. candidates:
+    how many pairs were compared.
     """
 
     cluster: NDArray[np.int64]
-    pairs: tuple[tuple[int, int, float], ...]
+    earlier: NDArray[np.int64]
+    later: NDArray[np.int64]
+    similarity: NDArray[np.float64]
     candidates: int
+
+    @property
+    def pairs(self) -> list[tuple[int, int, float]]:
+        """The confirmed pairs, sorted."""
+        columns = (self.earlier.tolist(), self.later.tolist(), self.similarity.tolist())
+        return sorted(zip(*columns, strict=True))
+
+
+class Buckets(NamedTuple):
+    """The buckets of one band that hold two texts and more. members: texts of the first bucket in order, then
+    those of the second ...; starts: where in `members` each bucket begins.
+    """
+
+    members: NDArray[np.int64]
+    starts: NDArray[np.int64]
 
 
 def find_near_duplicates(texts: Sequence[str], settings: MinHashSettings | None = None) -> NearDuplicates:
     """Clusters of near-duplicates among `texts`. A text without any word is a duplicate of no other.
 
-    Raises ValueError: a threshold outside (0, 1], or no band, row or word.
+    Holds the shingles of all texts that are in a bucket; `data_prep/sketch_files.py` has them on disk.
+    Raises ValueError as `MinHashSettings.check`.
     """
     settings = settings or MinHashSettings()
-    if not 0 < settings.threshold <= 1 or min(settings.bands, settings.rows, settings.words) < 1:
-        raise ValueError(f"{settings}: threshold must be in (0, 1], bands, rows and words at least 1")
-    found = list(buckets(sign(texts, settings), settings))
-    sets = shingle_sets(texts, found, settings.words)
-    union = UnionFind(len(texts))
-    pairs: list[tuple[int, int, float]] = []
-    candidates = 0
-    for bucket in found:
-        leaders: list[int] = []
-        for index in bucket.tolist():
-            for leader in leaders:
-                if union.find(leader) == union.find(index):
-                    break
-                candidates += 1
-                similarity = jaccard(sets[leader], sets[index])
-                if similarity >= settings.threshold:
-                    union.join(leader, index)
-                    pairs.append((leader, index, similarity))
-                    break
-            else:
-                # Compared with a bounded number of others: a bucket of a thousand unlike texts stays linear.
-                if len(leaders) < MAX_LEADERS:
-                    leaders.append(index)
-    return NearDuplicates(union.roots(), tuple(sorted(pairs)), candidates)
+    settings.check()
+    keys = np.empty((settings.bands, len(texts)), dtype=np.uint64)
+    filled = np.zeros(len(texts), dtype=np.bool_)
+    for begin, end in batches(texts):
+        shingles = shingle(texts[begin:end], settings.words)
+        filled[begin:end] = np.diff(shingles.starts) > 0
+        keys[:, begin:end] = band_keys(signatures_of(shingles, settings), settings).T
+    numbers = np.flatnonzero(filled)
+    found = [buckets(of_band[numbers], numbers) for of_band in keys]
+    sets = _shingle_sets(texts, found, settings.words)
+    return connect(len(texts), found, sets.__getitem__, settings.threshold)
 
 
-def exact_near_duplicates(texts: Sequence[str], threshold: float, words: int) -> NearDuplicates:
-    """As `find_near_duplicates`, but no pair is missed (data_prep/exact_join.py).
+def connect(
+    count: int, bands: Iterable[Buckets], read: Callable[[int], Hashes], threshold: float
+) -> NearDuplicates:
+    """Clusters of `count` texts from the buckets of every band. read: the shingle set of a text.
 
-    pairs: every one. Raises ValueError: a threshold outside (0, 1], words below 1.
+    Within a bucket every text is compared with those before it that lead a cluster of their own, until one is
+    near enough.
     """
-    found = exact_pairs(texts, threshold, words)
-    union = UnionFind(len(texts))
+    union = UnionFind(count)
+    pairs = (array("q"), array("q"), array("d"))
+    candidates = 0
+    for band in bands:
+        for bucket in _unsettled(band, union):
+            candidates += _confirm(bucket, union, read, threshold, pairs)
+        del band
+    earlier, later, similarity = (np.array(column) for column in pairs)
+    return NearDuplicates(union.roots(), earlier, later, similarity, candidates)
+
+
+def _unsettled(band: Buckets, union: UnionFind) -> Iterator[list[int]]:
+    """The buckets whose texts are not all of one cluster already: in the others nothing is compared."""
+    if not len(band.starts):
+        return
+    roots = union.roots()[band.members]
+    low, high = np.minimum.reduceat(roots, band.starts), np.maximum.reduceat(roots, band.starts)
+    del roots
+    chosen = np.flatnonzero(low != high)
+    ends = np.append(band.starts[1:], len(band.members))
+    for few in np.split(chosen, range(LIST_BUCKETS, len(chosen), LIST_BUCKETS)):
+        for begin, end in zip(band.starts[few].tolist(), ends[few].tolist(), strict=True):
+            yield band.members[begin:end].tolist()
+
+
+def _confirm(
+    bucket: Sequence[int],
+    union: UnionFind,
+    read: Callable[[int], Hashes],
+    threshold: float,
+    pairs: tuple[array[int], array[int], array[float]],
+) -> int:
+    """Join and note what is near enough of a bucket; returns how many pairs were compared."""
+    leaders: list[tuple[int, Hashes]] = []
+    compared = 0
+    for index in bucket:
+        own: Hashes | None = None
+        for leader, theirs in leaders:
+            if union.find(leader) == union.find(index):
+                break
+            compared += 1
+            own = read(index) if own is None else own
+            similarity = jaccard(theirs, own)
+            if similarity >= threshold:
+                union.join(leader, index)
+                pairs[0].append(leader)
+                pairs[1].append(index)
+                pairs[2].append(similarity)
+                break
+        else:
+            # Compared with a bounded number of others: a bucket of a thousand unlike texts stays linear.
+            if len(leaders) < MAX_LEADERS:
+                leaders.append((index, read(index) if own is None else own))
+    return compared
+
+
+def exact_near_duplicates(sets: Sequence[Hashes], threshold: float) -> NearDuplicates:
+    """Clusters of texts by their shingle sets, without missing a pair (data_prep/exact_join.py).
+
+    The pairs are all there are. Raises ValueError: a threshold outside (0, 1].
+    """
+    found = pairs_of_sets(sets, threshold)
+    union = UnionFind(len(sets))
     for left, right, _ in found.pairs:
         union.join(left, right)
-    return NearDuplicates(union.roots(), found.pairs, found.candidates)
+    columns = [np.array(column) for column in zip(*found.pairs, strict=True)] or [np.empty(0, np.int64)] * 3
+    return NearDuplicates(union.roots(), columns[0], columns[1], columns[2], found.candidates)
 
 
-def sign(texts: Sequence[str], settings: MinHashSettings) -> Signatures:
-    """Signatures (texts, permutations); a row of EMPTY for a text without any word."""
-    rng = np.random.default_rng(settings.seed)
-    factors = rng.integers(1, 2**32, settings.permutations, dtype=np.uint64).astype(np.uint32) | np.uint32(1)
-    shifts = rng.integers(0, 2**32, settings.permutations, dtype=np.uint64).astype(np.uint32)
-    signatures = np.full((len(texts), settings.permutations), EMPTY, dtype=np.uint32)
-    for begin, end in _batches(texts):
-        _sign_batch(shingle(texts[begin:end], settings.words), factors, shifts, signatures[begin:end])
-    return signatures
+def buckets(keys: Hashes, numbers: NDArray[np.int64]) -> Buckets:
+    """The buckets of a band. keys: of the texts that have words, used up; numbers: which, ascending."""
+    bits = np.uint64(len(keys).bit_length())
+    # The lowest bits of a key make room for the index, so that one plain sort orders both.
+    keys >>= bits
+    keys <<= bits
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    keys.sort()
+    order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).view(np.int64)
+    keys >>= bits
+    same = keys[1:] == keys[:-1]
+    del keys
+    shared = np.zeros(len(order), dtype=np.bool_)
+    shared[1:] = same
+    shared[:-1] |= same
+    first = np.ones(len(order), dtype=np.bool_)
+    first[1:] = ~same
+    return Buckets(numbers[order[shared]], np.flatnonzero(first[shared]))
 
 
-def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    begin = size = 0
-    for index, text in enumerate(texts):
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield begin, index + 1
-            begin, size = index + 1, 0
-    if begin < len(texts):
-        yield begin, len(texts)
-
-
-def _sign_batch(shingles: Shingles, factors: Signatures, shifts: Signatures, out: Signatures) -> None:
-    """Minima over each text of every permutation h -> factor * h + shift, in chunks that fit the cache."""
-    counts = np.diff(shingles.starts)
-    filled = np.flatnonzero(counts)
-    starts = shingles.starts[:-1][filled]
-    # The upper half: the finaliser has mixed all bits into it.
-    hashes = (shingles.hashes >> np.uint64(32)).astype(np.uint32)
-    begin = 0
-    while begin < len(filled):
-        # Whole texts up to CHUNK_SHINGLES, at least one.
-        limit = starts[begin] + CHUNK_SHINGLES
-        end = max(int(np.searchsorted(starts + counts[filled], limit, side="right")), begin + 1)
-        low = starts[begin]
-        high = starts[end - 1] + counts[filled[end - 1]]
-        local = starts[begin:end] - low
-        chunk = hashes[low:high]
-        permuted = np.empty_like(chunk)
-        for column, (factor, shift) in enumerate(zip(factors, shifts, strict=True)):
-            np.multiply(chunk, factor, out=permuted)
-            permuted += shift
-            out[filled[begin:end], column] = np.minimum.reduceat(permuted, local)
-        begin = end
-
-
-def buckets(signatures: Signatures, settings: MinHashSettings) -> Iterator[NDArray[np.int64]]:
-    """Indices of the texts, in order, that share all rows of a band; band by band."""
-    filled = np.flatnonzero((signatures != EMPTY).any(axis=1))
-    bits = np.uint64(len(filled).bit_length())
-    places = np.arange(len(filled), dtype=np.uint64)
-    for band in range(settings.bands):
-        rows = signatures[filled, band * settings.rows : (band + 1) * settings.rows]
-        keys = np.zeros(len(filled), dtype=np.uint64)
-        for column in range(settings.rows):
-            keys = mix(keys ^ rows[:, column].astype(np.uint64))
-        # The lowest bits of a key make room for the index, so that one plain sort orders both.
-        keys = np.sort(keys >> bits << bits | places)
-        order = (keys & ((np.uint64(1) << bits) - np.uint64(1))).astype(np.int64)
-        edges = np.flatnonzero(np.diff(keys >> bits)) + 1
-        begins = np.concatenate(([0], edges))
-        sizes = np.diff(np.concatenate((begins, [len(order)])))
-        for begin, size in zip(begins[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
-            yield filled[order[begin : begin + size]]
-
-
-def shingle_sets(texts: Sequence[str], buckets: Sequence[NDArray[np.int64]], words: int) -> dict[int, Hashes]:
+def _shingle_sets(texts: Sequence[str], bands: Sequence[Buckets], words: int) -> dict[int, Hashes]:
     """The shingle set of every text that is in a bucket."""
-    members = np.unique(np.concatenate(buckets)).tolist() if buckets else []
+    members = np.unique(np.concatenate([band.members for band in bands])).tolist()
     chosen = [texts[index] for index in members]
     sets: dict[int, Hashes] = {}
-    for begin, end in _batches(chosen):
+    for begin, end in batches(chosen):
         shingles = shingle(chosen[begin:end], words)
         sets |= {members[begin + offset]: shingles.of(offset) for offset in range(end - begin)}
     return sets
 
 
 class UnionFind:
-    """Disjoint sets of 0 ... size - 1, whose root is their smallest member."""
+    """Disjoint sets of 0 ... size - 1, whose root is their smallest member. Holds 8 bytes an item."""
 
     def __init__(self, size: int) -> None:
-        self._parent = list(range(size))
+        self._parent = array("q", range(size))
 
     def find(self, item: int) -> int:
         """The root of `item`'s set."""
@@ -200,4 +206,8 @@ class UnionFind:
 
     def roots(self) -> NDArray[np.int64]:
         """The root of every item."""
-        return np.array([self.find(item) for item in range(len(self._parent))], dtype=np.int64)
+        roots = np.array(self._parent, dtype=np.int64)
+        # A parent is smaller than its child, so halving all ways ends at the roots.
+        while not np.array_equal(nearer := roots[roots], roots):
+            roots = nearer
+        return roots

@@ -36,6 +36,19 @@ class Shingles(NamedTuple):
         """The set of one text: its hashes, sorted, each once."""
         return np.unique(self.hashes[self.starts[index] : self.starts[index + 1]])
 
+    def sets(self) -> Shingles:
+        """The sets of all texts: `of` each, one after the other."""
+        hashes = self.hashes.copy()
+        bounds = self.starts.tolist()
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            hashes[begin:end].sort()
+        first = np.ones(len(hashes), dtype=np.bool_)
+        first[1:] = hashes[1:] != hashes[:-1]
+        first[self.starts[:-1][np.diff(self.starts) > 0]] = True
+        before = np.zeros(len(hashes) + 1, dtype=np.int64)
+        np.cumsum(first, out=before[1:])
+        return Shingles(hashes[first], before[self.starts])
+
 
 def shingle(texts: Sequence[str], n: int = 3) -> Shingles:
     """Hashes of every run of `n` words of every text. Texts without any word have no shingle."""
@@ -154,7 +167,10 @@ def jaccard(left: Hashes, right: Hashes) -> float:
     """Size of the intersection of two sets from `Shingles.of` over that of their union; 1 if both empty."""
     if not len(left) and not len(right):
         return 1.0
-    shared = len(np.intersect1d(left, right, assume_unique=True))
+    # Two ascending runs: a stable sort merges them.
+    both = np.concatenate((left, right))
+    both.sort(kind="stable")
+    shared = int(np.count_nonzero(both[1:] == both[:-1]))
     return shared / (len(left) + len(right) - shared)
 
 

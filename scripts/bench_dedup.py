@@ -112,7 +112,8 @@ def word_shingles(texts: Sequence[str]) -> list[list[bytes]]:
 
 def run_posttrain(texts: Sequence[str], truth: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Clusters of data_prep.near_duplicates, every pair of them confirmed."""
-    from data_prep.near_duplicates import MinHashSettings, find_near_duplicates
+    from data_prep.minhash import MinHashSettings
+    from data_prep.near_duplicates import find_near_duplicates
     from data_prep.shingles import jaccard, shingle
 
     started = time.perf_counter()

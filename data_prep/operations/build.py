@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from data_prep.near_duplicates import MinHashSettings
+from data_prep.minhash import MinHashSettings
 from data_prep.operations import config as settings
 from data_prep.operations.base import Operation
 from data_prep.operations.decontaminate import Decontaminate

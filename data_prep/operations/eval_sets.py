@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.dataset import SPLITS
+from data_prep.dataset import SPLITS, split_files
 from data_prep.files import SUFFIXES, BadRow, expand, read_rows
 from data_prep.operations.decontaminate import EvalSet
 from posttrain.errors import DataError
@@ -47,8 +47,8 @@ def named_apart(sets: Sequence[EvalSet]) -> list[EvalSet]:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return expand(str(path))
-    if all((path / f"{split}.parquet").is_file() for split in SPLITS):
-        return [path / "eval.parquet"]
+    if all(split_files(path, split) for split in SPLITS):
+        return split_files(path, "eval")
     files = sorted(file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES))
     if not files:
         raise DataError(f"{path}: holds no file to read\n    give files of {', '.join(SUFFIXES)}")

@@ -10,16 +10,17 @@ exactly; which rows of a source stay is decided by a hash of seed and id, so a l
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
+from data_prep.operations.view_columns import all_words, blocks
 from posttrain.errors import DataError
-
-VIEW = pa.schema([("source", pa.string()), ("rank", pa.binary(16))])
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Mix:
     def view(self, batch: Sequence[Row]) -> pa.Table:
         """source; rank: the first 16 bytes of a hash of seed and id."""
         ranks = [hashlib.sha256(f"{self.seed}\0{row.record.id}".encode()).digest()[:16] for row in batch]
-        return pa.table({"source": [row.source for row in batch], "rank": ranks}, schema=VIEW)
+        sources = [row.source for row in batch]
+        columns = [pa.array(sources, pa.string()), pa.array(ranks, pa.binary(16))]
+        return pa.table(columns, names=["source", "rank"])
 
     def decide(self, views: Views, scratch: Path) -> Decided:
         """Drops over_target; a row may stay several times. Facts: rows before and after, and shares, by
@@ -46,28 +49,25 @@ class Mix:
 
         Raises DataError when a weighted source has no row left.
         """
-        order: dict[str, list[tuple[bytes, int]]] = {}
-        for index, row in enumerate(row for table in views.tables() for row in table.to_pylist()):
-            order.setdefault(row["source"], []).append((row["rank"], index))
-        sizes = {source: len(ranks) for source, ranks in order.items()}
+        names, owner = _sources(views)
+        ranks = all_words(views, "rank", 2)
+        counts = np.bincount(owner, minlength=len(names)).tolist()
+        sizes = dict(zip(names, counts, strict=True))
         targets = self.targets(sizes)
-        verdicts: list[tuple[int, Stays | Dropped]] = []
-        for source, ranks in order.items():
-            whole, extra = divmod(targets[source], len(ranks))
-            for place, (_, index) in enumerate(sorted(ranks)):
-                copies = whole + (place < extra)
-                if copies == 0:
-                    said = f"{targets[source]:,} of {len(ranks):,} rows of {source} are used"
-                    verdicts.append((index, Dropped("over_target", said)))
-                elif copies > 1:
-                    verdicts.append((index, Stays(copies=copies)))
-        verdicts.sort(key=lambda verdict: verdict[0])
+        copies = np.ones(len(owner), dtype=np.int64)
+        for number, source in enumerate(names):
+            rows = np.flatnonzero(owner == number)
+            order = np.lexsort((ranks[1, rows], ranks[0, rows]))
+            whole, extra = divmod(targets[source], len(rows))
+            copies[rows] = whole
+            copies[rows[order[:extra]]] += 1
         total = sum(targets.values())
         facts = {
             source: {"rows_before": sizes[source], "rows": targets[source], "share": targets[source] / total}
             for source in sorted(sizes)
         }
-        return Decided([verdict_table(verdicts)], {"sources": facts} if total else {})
+        said = [f"{targets[name]:,} of {sizes[name]:,} rows of {name} are used" for name in names]
+        return Decided(_verdicts(copies, owner, said), {"sources": facts} if total else {})
 
     def targets(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """Rows of every source, by the sizes of all."""
@@ -100,6 +100,30 @@ class Mix:
         )
         total = sum(raw.values())
         return {name: value / total for name, value in raw.items()}
+
+
+def _sources(views: Views) -> tuple[list[str], NDArray[np.int32]]:
+    """The names of the sources, the first seen first, and of every row the number of its source."""
+    numbers: dict[str, int] = {}
+    owner = np.empty(len(views), dtype=np.int32)
+    done = 0
+    for table in views.tables(["source"]):
+        coded = table["source"].combine_chunks().dictionary_encode()
+        known = [numbers.setdefault(name, len(numbers)) for name in coded.dictionary.to_pylist()]
+        owner[done : done + table.num_rows] = np.array(known, dtype=np.int32)[coded.indices.to_numpy()]
+        done += table.num_rows
+    return list(numbers), owner
+
+
+def _verdicts(copies: NDArray[np.int64], owner: NDArray[np.int32], said: Sequence[str]) -> Iterator[pa.Table]:
+    for rows in blocks(np.flatnonzero(copies != 1)):
+        found = zip(rows.tolist(), copies[rows].tolist(), owner[rows].tolist(), strict=True)
+        yield verdict_table(
+            [
+                (row, Stays(copies=often) if often else Dropped("over_target", said[source]))
+                for row, often, source in found
+            ]
+        )
 
 
 def _fill(shares: Mapping[str, float], caps: Mapping[str, int], total: int) -> dict[str, float]:

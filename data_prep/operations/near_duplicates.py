@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from data_prep.dedup import content_key
-from data_prep.near_duplicates import MinHashSettings, exact_near_duplicates, find_near_duplicates
+from data_prep.minhash import MinHashSettings, shingle_sets, sketch
+from data_prep.near_duplicates import NearDuplicates as Found
+from data_prep.near_duplicates import connect, exact_near_duplicates
 from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
 from data_prep.operations.parts import Part, part_text
-
-KEYS = pa.schema([("key", pa.binary(16)), ("place", pa.string())])
-TEXTS = pa.schema([("text", pa.large_string()), ("id", pa.string()), ("place", pa.string())])
+from data_prep.operations.view_columns import Cells, all_words, blocks, fixed, place, same_as_first, words_of
+from data_prep.shingles import Shingles
+from data_prep.sketch_files import SketchFiles
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,24 @@ class Duplicates:
     def view(self, batch: Sequence[Row]) -> pa.Table:
         """key: the first 16 bytes of the content key; place: file and line."""
         keys = [bytes.fromhex(content_key(row.record))[:16] for row in batch]
-        return pa.table({"key": keys, "place": _places(batch)}, schema=KEYS)
+        columns = [pa.array(keys, pa.binary(16)), pa.array(map(place, batch), pa.string())]
+        return pa.table(columns, names=["key", "place"])
 
     def decide(self, views: Views, scratch: Path) -> Decided:
         """The first row of each content stays."""
-        first: dict[bytes, str] = {}
-        verdicts: list[tuple[int, Stays | Dropped]] = []
-        for index, row in enumerate(row for table in views.tables() for row in table.to_pylist()):
-            if row["key"] in first:
-                verdicts.append((index, Dropped("duplicate", f"same content as {first[row['key']]}")))
-            first.setdefault(row["key"], row["place"])
-        return Decided([verdict_table(verdicts)])
+        first = same_as_first(list(all_words(views, "key", 2)))
+        again = np.flatnonzero(first != np.arange(len(first)))
+        return Decided(self._verdicts(views, again, first, scratch))
+
+    def _verdicts(
+        self, views: Views, again: NDArray[np.int64], first: NDArray[np.int64], scratch: Path
+    ) -> Iterator[pa.Table]:
+        with Cells(views, "place", np.unique(first[again]), scratch) as places:
+            for rows in blocks(again):
+                found = zip(rows.tolist(), places.at(first[rows]), strict=True)
+                yield verdict_table(
+                    [(row, Dropped("duplicate", f"same content as {at}")) for row, at in found]
+                )
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,8 @@ class NearDuplicates:
     """Clusters rows whose parts share most of their word shingles.
 
     keep: first drops all of a cluster but its first row; all keeps them and tags each with its cluster, the
-    id of the first row. tie: rows of a cluster belong on one side of the split.
+    id of the first row. tie: rows of a cluster belong on one side of the split. exact: search without missing
+    a pair, with the shingles of all rows in memory.
     """
 
     settings: MinHashSettings
@@ -54,47 +66,99 @@ class NearDuplicates:
     exact: bool = False
 
     def view(self, batch: Sequence[Row]) -> pa.Table:
-        """text of the part, id, and place: file and line."""
+        """keys: of the bands (not with `exact`); shingles: the set of them, 8 bytes each; id; place."""
         texts = [part_text(row.record, self.part) for row in batch]
-        ids = [row.record.id for row in batch]
-        return pa.table({"text": texts, "id": ids, "place": _places(batch)}, schema=TEXTS)
+        columns = {}
+        if self.exact:
+            found = shingle_sets(texts, self.settings.words)
+        else:
+            keys, found = sketch(texts, self.settings)
+            columns["keys"] = fixed(keys)
+        bounds = pa.array(found.starts * 8, pa.int64())
+        columns |= {
+            "shingles": pa.LargeBinaryArray.from_buffers(
+                pa.large_binary(), len(batch), [None, bounds.buffers()[1], pa.py_buffer(found.hashes)]
+            ),
+            "id": pa.array([row.record.id for row in batch], pa.string()),
+            "place": pa.array(map(place, batch), pa.string()),
+        }
+        return pa.table(columns)
 
     def decide(self, views: Views, scratch: Path) -> Decided:
         """Facts: clusters of two rows and more, rows in them, the largest, and pairs that were compared."""
-        rows = [row for table in views.tables() for row in table.to_pylist()]
-        texts = [row["text"] for row in rows]
-        found = (
-            exact_near_duplicates(texts, self.settings.threshold, self.settings.words)
-            if self.exact
-            else find_near_duplicates(texts, self.settings)
-        )
-        cluster = found.cluster.tolist()
-        sizes = Counter(cluster)
-        likeness = {later: similarity for _, later, similarity in found.pairs}
-        verdicts = [
-            (index, self._verdict(rows, index, leader, likeness.get(index)))
-            for index, leader in enumerate(cluster)
-            if sizes[leader] > 1
-        ]
-        several = [size for size in sizes.values() if size > 1]
+        found = self._exact(views) if self.exact else self._by_bands(views, scratch)
+        sizes = np.bincount(found.cluster, minlength=len(found.cluster))
+        several = sizes[sizes > 1]
         facts: dict[str, Any] = {
             "clusters": len(several),
-            "rows_in_clusters": sum(several),
-            "largest_cluster": max(several, default=0),
+            "rows_in_clusters": int(several.sum()),
+            "largest_cluster": int(several.max(initial=0)),
             "pairs_compared": found.candidates,
         }
-        return Decided([verdict_table(verdicts)], facts)
+        return Decided(self._verdicts(views, found, sizes, scratch), facts)
 
-    def _verdict(
-        self, rows: Sequence[dict[str, Any]], index: int, leader: int, similarity: float | None
-    ) -> Stays | Dropped:
-        if self.keep == "first" and index != leader:
-            degree = "" if similarity is None else f" (similarity {similarity:.2f} to a row of its cluster)"
-            return Dropped("near_duplicate", f"in one cluster with {rows[leader]['place']}{degree}")
-        name = rows[leader]["id"]
+    def _exact(self, views: Views) -> Found:
+        tables = [_sets(table) for table in views.tables(["shingles"])]
+        sets = [each for table in tables for each in np.split(table.hashes, table.starts[1:-1])]
+        return exact_near_duplicates(sets, self.settings.threshold)
+
+    def _by_bands(self, views: Views, scratch: Path) -> Found:
+        with SketchFiles(scratch, len(views), self.settings.bands) as files:
+            for table in views.tables(["keys", "shingles"]):
+                files.add_keys(words_of(table["keys"]), np.diff(_sets(table).starts) > 0)
+            wanted, done = files.wanted(), 0
+            for table in views.tables(["shingles"]):
+                sets, chosen = _sets(table), wanted[done : done + table.num_rows]
+                sizes = np.diff(sets.starts)
+                files.add_sets(sets.hashes[np.repeat(chosen, sizes)], np.where(chosen, sizes, 0))
+                done += table.num_rows
+            return connect(len(views), files.buckets(), files.read, self.settings.threshold)
+
+    def _verdicts(
+        self, views: Views, found: Found, sizes: NDArray[np.int64], scratch: Path
+    ) -> Iterator[pa.Table]:
+        clustered = sizes[found.cluster] > 1
+        leads = found.cluster == np.arange(len(sizes))
+        leaders = np.flatnonzero(clustered & leads)
+        dropped = clustered & ~leads if self.keep == "first" else np.zeros_like(leads)
+        likeness = _likeness(found) if self.keep == "first" else np.empty(0)
+        # A row that stays has a verdict only where that says anything.
+        spoken = np.flatnonzero(clustered if self.keep == "all" or self.tie else dropped)
+        with Cells(views, "id", leaders, scratch) as ids, Cells(views, "place", leaders, scratch) as places:
+            for rows in blocks(spoken):
+                gone = dropped[rows]
+                stay, go = rows[~gone], rows[gone]
+                near = zip(go.tolist(), places.at(found.cluster[go]), likeness[go].tolist(), strict=True)
+                names = zip(stay.tolist(), ids.at(found.cluster[stay]), strict=True)
+                verdicts: list[tuple[int, Stays | Dropped]] = [
+                    *((row, _near_duplicate(at, similarity)) for row, at, similarity in near),
+                    *((row, self._stays(name)) for row, name in names),
+                ]
+                yield verdict_table(sorted(verdicts, key=lambda verdict: verdict[0]))
+
+    def _stays(self, name: str) -> Stays:
         ties = (f"near:{name}",) if self.tie else ()
         return Stays(ties=ties, tags={"cluster": name} if self.keep == "all" else {})
 
 
-def _places(batch: Sequence[Row]) -> list[str]:
-    return [f"{row.file}:{row.line}" for row in batch]
+def _near_duplicate(at: str, similarity: float) -> Dropped:
+    degree = "" if np.isnan(similarity) else f" (similarity {similarity:.2f} to a row of its cluster)"
+    return Dropped("near_duplicate", f"in one cluster with {at}{degree}")
+
+
+def _likeness(found: Found) -> NDArray[np.float64]:
+    """Of every row the similarity to the last row before it that it was found near to, if any."""
+    likeness = np.full(len(found.cluster), np.nan)
+    order = np.argsort(found.earlier, kind="stable")
+    likeness[found.later[order]] = found.similarity[order]
+    return likeness
+
+
+def _sets(table: pa.Table) -> Shingles:
+    column = table["shingles"].combine_chunks()
+    if not pc.sum(pc.binary_length(column)).as_py():
+        # Of arrays without content a file need not hold any buffer.
+        return Shingles(np.empty(0, dtype=np.uint64), np.zeros(len(column) + 1, dtype=np.int64))
+    bounds = np.frombuffer(column.buffers()[1], dtype=np.int64)[column.offset :][: len(column) + 1]
+    hashes = np.frombuffer(column.buffers()[2], dtype=np.uint64)
+    return Shingles(hashes[bounds[0] // 8 : bounds[-1] // 8], (bounds - bounds[0]) // 8)

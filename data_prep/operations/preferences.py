@@ -10,38 +10,23 @@ of the split, whatever it is by. How much longer chosen answers are is stated.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
+from data_prep.operations.view_columns import Cells, blocks, place, same_as_first
 from data_prep.records import PreferenceRecord
 from data_prep.shingles import shingle
 from data_prep.split import group_key
 
-VIEW = pa.schema(
-    [
-        *((name, pa.string()) for name in ("place", "prompt", "chosen", "rejected", "wordless")),
-        ("characters_chosen", pa.int64()),
-        ("characters_rejected", pa.int64()),
-    ]
-)
-
-
-class Pair(NamedTuple):
-    """What is compared: keys of words whatever their case and punctuation, and lengths in characters."""
-
-    place: str
-    prompt: str
-    chosen: str
-    rejected: str
-    wordless: str
-    characters_chosen: int
-    characters_rejected: int
+WORDLESS = ("", "chosen", "rejected", "chosen and rejected")
+"""Sides without any word, by the number that views have for them."""
 
 
 @dataclass(frozen=True)
@@ -49,71 +34,127 @@ class PreferenceChecks:
     """A corpus operation over preferences."""
 
     def view(self, batch: Sequence[Row]) -> pa.Table:
-        """A `Pair` a row."""
-        return pa.Table.from_pylist([_pair(row)._asdict() for row in batch], schema=VIEW)
+        """prompt, chosen, rejected: keys of their words, whatever their case and punctuation; wordless: place
+        in WORDLESS; characters of the sides; place.
+        """
+        columns: list[Sequence[Any]] = [list(column) for column in zip(*map(_pair, batch), strict=True)]
+        return pa.table(columns or [[]] * len(VIEW), schema=VIEW)
 
     def decide(self, views: Views, scratch: Path) -> Decided:
         """Drops side_without_words, sides_alike, contradictory_pairs; facts: length bias of the rest."""
-        pairs = [Pair(**row) for table in views.tables() for row in table.to_pylist()]
-        preferred: dict[tuple[str, str, str], str] = {}
-        for pair in pairs:
-            preferred.setdefault((pair.prompt, pair.chosen, pair.rejected), pair.place)
-        verdicts = [self._verdict(pair, preferred) for pair in pairs]
-        kept = [pair for pair, verdict in zip(pairs, verdicts, strict=True) if isinstance(verdict, Stays)]
-        prompts: defaultdict[str, int] = defaultdict(int)
-        for pair in kept:
-            prompts[pair.prompt] += 1
+        prompt, chosen, rejected = (_column(views, name) for name in ("prompt", "chosen", "rejected"))
+        alike, turned = chosen == rejected, chosen > rejected
+        low = np.minimum(chosen, rejected)
+        high = np.maximum(chosen, rejected, out=rejected)
+        same = same_as_first([low, high, prompt])
+        del low, high, chosen, rejected
+        opposite = _opposites(same, turned)
+        del same
+        wordless = _column(views, "wordless")
+        kept = ~(alike | (opposite >= 0) | (wordless > 0))
+        _, counts = np.unique(prompt[kept], return_counts=True)
+        characters = [_column(views, f"characters_{side}")[kept] for side in ("chosen", "rejected")]
         facts: dict[str, Any] = {
-            "prompts_with_several_pairs": sum(count > 1 for count in prompts.values()),
-            **length_bias([(pair.characters_chosen, pair.characters_rejected) for pair in kept]),
+            "prompts_with_several_pairs": int((counts > 1).sum()),
+            **length_bias(*characters),
         }
-        return Decided([verdict_table(list(enumerate(verdicts)))], facts)
-
-    def _verdict(self, pair: Pair, preferred: dict[tuple[str, str, str], str]) -> Stays | Dropped:
-        if pair.wordless:
-            return Dropped("side_without_words", f"{pair.wordless}: no letter or digit")
-        if pair.chosen == pair.rejected:
-            return Dropped("sides_alike", "chosen and rejected differ in case and punctuation only")
-        opposite = preferred.get((pair.prompt, pair.rejected, pair.chosen))
-        if opposite is not None:
-            return Dropped("contradictory_pairs", f"{opposite} prefers the other of the same two answers")
-        return Stays(ties=(f"prompt:{pair.prompt}",))
+        return Decided(_verdicts(views, scratch, prompt, wordless, alike, opposite), facts)
 
 
-def _pair(row: Row) -> Pair:
+def _pair(row: Row) -> tuple[Any, ...]:
+    """The cells of a view, in the order of VIEW."""
     record = row.record
     assert isinstance(record, PreferenceRecord)
     prompt = "\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in record.prompt)
-    chosen, rejected = record.chosen[0].content, record.rejected[0].content
-    sides = (("chosen", chosen), ("rejected", rejected))
-    bare = [name for name, text in sides if not len(shingle([text], 1).hashes)]
-    return Pair(
-        f"{row.file}:{row.line}",
-        group_key(prompt),
-        group_key(chosen),
-        group_key(rejected),
-        " and ".join(bare),
-        len(chosen),
-        len(rejected),
-    )
+    sides = [record.chosen[0].content, record.rejected[0].content]
+    keys = [int(group_key(text), 16) for text in (prompt, *sides)]
+    bare = [not len(shingle([text], 1).hashes) for text in sides]
+    return (*keys, bare[0] + 2 * bare[1], *map(len, sides), place(row))
 
 
-def length_bias(lengths: Sequence[tuple[int, int]]) -> dict[str, Any]:
+VIEW = pa.schema(
+    [
+        *((name, pa.uint64()) for name in ("prompt", "chosen", "rejected")),
+        ("wordless", pa.uint8()),
+        ("characters_chosen", pa.int32()),
+        ("characters_rejected", pa.int32()),
+        ("place", pa.string()),
+    ]
+)
+
+
+def _column(views: Views, name: str) -> NDArray[Any]:
+    found = np.empty(len(views), dtype=VIEW.field(name).type.to_pandas_dtype())
+    done = 0
+    for table in views.tables([name]):
+        found[done : done + table.num_rows] = table[name].to_numpy()
+        done += table.num_rows
+    return found
+
+
+def _opposites(same: NDArray[np.int64], turned: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Of every pair the first that prefers the other of the same two answers to the same prompt, or -1.
+
+    same: the first pair of the same prompt and answers, whichever is preferred; turned: which is.
+    """
+    opposite = np.full(len(same), -1, dtype=np.int64)
+    first = np.empty(len(same), dtype=np.int64)
+    for side in (turned, ~turned):
+        first[:] = -1
+        rows = np.flatnonzero(side)[::-1]
+        # The last assignment counts, which is of the first pair.
+        first[same[rows]] = rows
+        opposite[~side] = first[same[~side]]
+    return opposite
+
+
+def _verdicts(
+    views: Views,
+    scratch: Path,
+    prompt: NDArray[np.uint64],
+    wordless: NDArray[np.uint8],
+    alike: NDArray[np.bool_],
+    opposite: NDArray[np.int64],
+) -> Iterator[pa.Table]:
+    contrary = (opposite >= 0) & ~alike & (wordless == 0)
+    with Cells(views, "place", np.unique(opposite[contrary]), scratch) as places:
+        for rows in blocks(np.arange(len(prompt))):
+            others = iter(places.at(opposite[rows][contrary[rows]]))
+            columns = (column[rows].tolist() for column in (prompt, wordless, alike, contrary))
+            yield verdict_table(
+                [
+                    (row, _verdict(key, bare, same, next(others) if contradicted else None))
+                    for row, key, bare, same, contradicted in zip(rows.tolist(), *columns, strict=True)
+                ]
+            )
+
+
+def _verdict(prompt: int, wordless: int, alike: bool, opposite: str | None) -> Stays | Dropped:
+    if wordless:
+        return Dropped("side_without_words", f"{WORDLESS[wordless]}: no letter or digit")
+    if alike:
+        return Dropped("sides_alike", "chosen and rejected differ in case and punctuation only")
+    if opposite is not None:
+        return Dropped("contradictory_pairs", f"{opposite} prefers the other of the same two answers")
+    return Stays(ties=(f"prompt:{prompt:016x}",))
+
+
+def length_bias(chosen: NDArray[np.int32], rejected: NDArray[np.int32]) -> dict[str, Any]:
     """How often and by how much chosen is the longer one, in characters; nothing without pairs.
 
     chosen_longer: share among pairs of unlike lengths, with its 95 % interval (Wilson, Probable inference,
     1927).
     """
-    unlike = [chosen > rejected for chosen, rejected in lengths if chosen != rejected]
+    unlike = int((chosen != rejected).sum())
     if not unlike:
         return {}
-    n, z = len(unlike), 1.96
-    share = sum(unlike) / n
+    n, z = unlike, 1.96
+    share = int((chosen > rejected).sum()) / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return {
         "chosen_longer": round(share, 4),
         "chosen_longer_95": [round(centre - half, 4), round(centre + half, 4)],
-        "mean_characters_chosen": round(sum(chosen for chosen, _ in lengths) / len(lengths), 1),
-        "mean_characters_rejected": round(sum(rejected for _, rejected in lengths) / len(lengths), 1),
+        "mean_characters_chosen": round(int(chosen.sum(dtype=np.int64)) / len(chosen), 1),
+        "mean_characters_rejected": round(int(rejected.sum(dtype=np.int64)) / len(rejected), 1),
     }

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from data_prep.sharded.store import read_table, write_table
 
@@ -54,6 +52,9 @@ def _ties(files: Sequence[Path]) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
 
 def _roots(groups: pa.ChunkedArray, ties: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
     """Names of groups that become part of another, and the names of those, in the same order."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     names = pc.unique(groups)
     # Bytes of UTF-8 are in the order of the code points, as Python compares texts.
     names = names.take(pc.sort_indices(names))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.config import CurateConfig, SourceConfig, SplitConfig
-from data_prep.curate import Curated, add
-from data_prep.dedup import SeenContent, content_key, normalise
+from data_prep.dedup import content_key, normalise
 from data_prep.records import ConversationRecord, Message, PromptRecord, TextRecord
 from data_prep.split import default_group, group_key, side
+from tests.unit import chunked
 
 TEXTS = st.text(min_size=1).filter(str.strip)
 PROMPTS = st.text("abcéж ?.", min_size=1, max_size=6).filter(lambda text: any(map(str.isalnum, text)))
@@ -40,15 +40,6 @@ def test_normalise() -> None:
 )
 def test_content_key(one: TextRecord, other: TextRecord, same: bool) -> None:
     assert (content_key(one) == content_key(other)) is same
-
-
-def test_seen_content_names_the_first_place() -> None:
-    seen = SeenContent()
-    assert [seen.first_place(key, place) for key, place in (("aa", "f:1"), ("bb", "f:2"), ("aa", "f:3"))] == [
-        None,
-        None,
-        "f:1",
-    ]
 
 
 def test_group_ignores_case_space_and_punctuation_only() -> None:
@@ -79,6 +70,7 @@ def test_side_depends_on_nothing_else_and_grows_with_the_fraction(
         assert side(group, salt, large) == "eval"
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     texts=st.lists(PROMPTS, min_size=1, max_size=30),
     decorate=st.sampled_from([str.upper, str.lower, lambda text: f"  {text} ", lambda text: f"{text}."]),
@@ -99,15 +91,13 @@ def test_curated_rows_never_straddle_and_counts_are_conserved(
     records += [
         _talk(decorate(text), f"answer {number}") for number, text in reversed(list(enumerate(texts)))
     ]
-    curated = Curated()
-    for line, record in enumerate(records, start=1):
-        add(config, curated, "x.jsonl", line, record)
-    assert sum(map(len, curated.rows.values())) + len(curated.dropped) == len(records)
-    assert dedup or not curated.dropped
-    ids = [row["id"] for rows in curated.rows.values() for row in rows]
+    done = chunked.curate(config, records, chunk=25)
+    assert len(done.every) + len(done.rejects) == len(records)
+    assert dedup or not done.rejects
+    ids = [row["id"] for row in done.every]
     assert len(ids) == len(set(ids))
     asked = {
-        name: {_words(row["messages"][0]["content"]) for row in rows} for name, rows in curated.rows.items()
+        name: {_words(row["messages"][0]["content"]) for row in rows} for name, rows in done.rows.items()
     }
     assert not asked["train"] & asked["eval"]
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.dedup import normalise
-from data_prep.near_duplicates import MinHashSettings, UnionFind, find_near_duplicates, sign
+from data_prep.minhash import MinHashSettings, sign
+from data_prep.near_duplicates import UnionFind, find_near_duplicates
 from data_prep.shingles import jaccard, shingle
 
 WORDS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_prep.config import CurateConfig
-from data_prep.curate import Curated, add, unique_id
 from data_prep.dataset import SPLITS
-from data_prep.operations import engine
 from data_prep.operations.base import (
     VERDICT_SCHEMA,
     CorpusOperation,
@@ -34,8 +31,7 @@ from data_prep.operations.base import (
     verdict_table,
 )
 from data_prep.operations.build import Surroundings, build
-from data_prep.operations.engine import Step, run_operations
-from data_prep.operations.stage import conserved, groups, operate
+from data_prep.operations.engine import Step
 from data_prep.records import (
     ConversationRecord,
     Message,
@@ -45,7 +41,11 @@ from data_prep.records import (
     TextRecord,
     UnpairedPreferenceRecord,
 )
+from data_prep.sharded.arrow import rows_of, table_of
+from data_prep.sharded.groups import join_groups
+from data_prep.sharded.store import read_table, write_table
 from posttrain.errors import DataError
+from tests.unit import chunked
 
 ASK = "where is my order of the blue kettle that I placed on monday"
 
@@ -79,28 +79,31 @@ def steps(*operations: dict[str, Any], by_cluster: bool = False, **paths: Path) 
     return build(setting.operations, Surroundings(locate, by_cluster=by_cluster))
 
 
-def ran(rows: Sequence[Row], *operations: dict[str, Any], **paths: Path) -> engine.Ran:
-    ids = Counter(row.record.id for row in rows)
-    return run_operations(rows, steps(*operations, **paths), lambda wanted: unique_id(ids, wanted))
+def ran(rows: Sequence[Row], *operations: dict[str, Any]) -> chunked.Done:
+    records = [row.record for row in rows]
+    setting = config(*operations, kind=records[0].kind, sources=SOURCES, dedup=False)
+    return chunked.curate(setting, records, steps(*operations))
 
 
 def test_the_ledger_counts_and_shows_examples() -> None:
     done = ran(texts("a b", "A  b", "c", "a B", "a b"), {"op": "duplicates", "examples": 2})
     (ledger,) = done.ledgers
-    assert (ledger.rows_in, ledger.rows_out, ledger.drops) == (5, 2, {"duplicate": 3})
-    assert [example["at"] for example in ledger.examples["duplicate"]] == ["f:2", "f:4"]
-    assert ledger.examples["duplicate"][0]["detail"] == "same content as f:1"
-    assert [(drop.row.line, drop.step) for drop in done.drops] == [(2, 1), (4, 1), (5, 1)]
+    said = ledger.as_json()
+    assert (said["rows_in"], said["rows_out"], said["drops"]) == (5, 2, {"duplicate": 3})
+    assert [example["at"] for example in said["examples"]["duplicate"]] == ["f:2", "f:4"]
+    assert said["examples"]["duplicate"][0]["detail"] == "same content as f:1"
+    assert [drop["line"] for drop in done.rejects] == [2, 4, 5]
 
 
 def test_near_duplicates_keep_the_first_or_all() -> None:
     rows = texts(ASK, "something else entirely that nobody has ever asked", f"{ASK} please", ASK.upper())
     first = ran(rows, {"op": "near_duplicates"})
-    assert [row.line for row in first.rows] == [1, 2]
-    assert "in one cluster with f:1" in first.drops[0].detail
+    assert first.lines() == [1, 2]
+    assert "in one cluster with f:1" in first.rejects[0]["detail"]
     every = ran(rows, {"op": "near_duplicates", "keep": "all"})
-    assert [row.line for row in every.rows] == [1, 2, 3, 4]
-    assert ['"cluster": "r1"' in row.record.meta for row in every.rows] == [True, False, True, True]
+    assert every.lines() == [1, 2, 3, 4]
+    clusters = {row["source"]: '"cluster": "r1"' in row["meta"] for row in every.every}
+    assert clusters == {"f:1": True, "f:2": False, "f:3": True, "f:4": True}
     assert every.ledgers[0].facts == {
         "clusters": 1, "rows_in_clusters": 3, "largest_cluster": 3, "pairs_compared": 2,
     }  # fmt: skip
@@ -116,10 +119,10 @@ def test_the_part_that_is_compared(part: str, left: list[int]) -> None:
     pairs = [pair(ASK, long, "no"), pair(ASK, longer, "yes"), pair(other, long, "no")]
     rows = [row(record, line) for line, record in enumerate(pairs, start=1)]
     done = ran(rows, {"op": "near_duplicates", "part": part, "threshold": 0.8})
-    assert [row.line for row in done.rows] == left
+    assert done.lines() == left
 
 
-def test_ties_join_groups_and_order_does_not_matter() -> None:
+def test_ties_join_groups_and_order_does_not_matter(tmp_path: Path) -> None:
     rows = [
         row(TextRecord("a", group="g3"), 1, ties=("x",)),
         row(TextRecord("b", group="g2"), 2, ties=("x", "y")),
@@ -127,8 +130,21 @@ def test_ties_join_groups_and_order_does_not_matter() -> None:
         row(TextRecord("d", group="g9"), 4, ties=("y",)),
         row(TextRecord("e", group="g1"), 5),
     ]
-    assert groups(config(), rows) == ["g2", "g2", "g2", "g2", "g1"]
-    assert groups(config(), rows[::-1]) == ["g1", "g2", "g2", "g2", "g2"]
+    assert joined(tmp_path, rows) == ["g2", "g2", "g2", "g2", "g1"]
+    assert joined(tmp_path, rows[::-1]) == ["g1", "g2", "g2", "g2", "g2"]
+
+
+def joined(folder: Path, rows: Sequence[Row]) -> list[str]:
+    """The groups after ties, two rows a chunk."""
+    files, out = [], []
+    for begin in range(0, len(rows), 2):
+        files.append(folder / f"{begin}.rows")
+        out.append(folder / f"{begin}.groups")
+        out[-1].unlink(missing_ok=True)
+        write_table(files[-1], table_of(rows[begin : begin + 2], "text"))
+    join_groups(files, out)
+    tables = [read_table(new if new.exists() else old) for old, new in zip(files, out, strict=True)]
+    return [group for table in tables for group in table.column("group").to_pylist()]
 
 
 def test_split_by_cluster_needs_clusters() -> None:
@@ -152,6 +168,11 @@ RECORDS = [
 def test_rows_survive_the_way_through_arrow(record: Record) -> None:
     rows = [row(record, 3, source="mine", ties=("a", "b"), copy=2), row(tagged(record, x=[1]), 4)]
     assert from_arrow(to_arrow(rows, record.kind), record.kind) == rows
+    table = table_of(rows, record.kind)
+    assert table.equals(to_arrow(rows, record.kind))
+    assert rows_of(table, record.kind) == rows
+    assert rows_of(table.slice(1), record.kind) == rows[1:]
+    assert rows_of(table_of([], record.kind), record.kind) == []
 
 
 WORDS = "order kettle refund where is my the a ships monday blue".split()
@@ -185,9 +206,15 @@ asked = st.tuples(sentences, sentences, sentences).map(lambda parts: tuple(map("
     count=st.integers(1, 5),
     by=st.sampled_from(["group", "record", "cluster"]),
     dedup=st.booleans(),
+    size=st.integers(1, 30),
 )
 def test_any_order_conserves_rows(
-    rows: list[tuple[str, str, str]], order: list[dict[str, Any]], count: int, by: str, dedup: bool
+    rows: list[tuple[str, str, str]],
+    order: list[dict[str, Any]],
+    count: int,
+    by: str,
+    dedup: bool,
+    size: int,
 ) -> None:
     """Whatever the operations and their order: in + repeated = out + drops, ids unique, splits disjoint."""
     chosen = order[:count]
@@ -195,29 +222,33 @@ def test_any_order_conserves_rows(
         chosen = [*chosen, {"op": "near_duplicates"}]
     block = {"by": by, "eval_fraction": 0.4}
     setting = config(*chosen, kind="preference", split=block, dedup=dedup, sources=SOURCES)
-    curated = Curated()
-    read = 0
-    for line, (ask, one, other) in enumerate(rows, start=1):
-        if one.split() != other.split() and all(map(str.strip, (ask, one, other))):
-            read += 1
-            add(setting, curated, "f", line, pair(ask, one, other), SOURCES[line % 2]["path"])
-    around = Surroundings(lambda field: pytest.fail(field), by_cluster=by == "cluster")
+    kept = [(line, pair(*row)) for line, row in enumerate(rows) if usable(*row)]
+    if not kept:
+        return
+    given = steps(*chosen, by_cluster=by == "cluster")
+    places = [line % 2 for line, _ in kept]
     try:
-        operate(setting, curated, build(setting.operations, around), lambda w: unique_id(curated.ids, w))
+        done = chunked.curate(setting, [record for _, record in kept], given, sources=places, chunk=size)
     except DataError:
         # What stands before it dropped all rows of the only source with a weight.
-        assert "weights" in str(chosen)
+        assert any("weights" in operation for operation in chosen)
         return
-    assert conserved(read, curated)
-    ids = [at["id"] for split in SPLITS for at in curated.rows[split]]
+    assert done.curated.conserved()
+    assert done.curated.rows_in == len(kept)
+    ids = [at["id"] for at in done.every]
     assert len(ids) == len(set(ids))
-    held = {split: {at["group"] for at in curated.rows[split]} for split in SPLITS}
+    held = {split: {at["group"] for at in done.rows[split]} for split in SPLITS}
     assert not held["train"] & held["eval"]
-    assert curated.operated is not None
-    left = read - len(curated.dropped)
-    for ledger in curated.operated.ledgers:
-        assert ledger.rows_in == left
-        left = ledger.rows_out
+    assert done.curated.groups == {split: len(groups) for split, groups in held.items()}
+    assert len(done.rejects) == done.curated.dropped().drops.total()
+    left = len(kept) - done.curated.tallies[0].drops.total()
+    for ledger in done.ledgers:
+        assert ledger.tally.rows_in == left
+        left = ledger.tally.rows_out
+
+
+def usable(ask: str, one: str, other: str) -> bool:
+    return one.split() != other.split() and all(map(str.strip, (ask, one, other)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -279,14 +310,16 @@ def test_verdicts_survive_the_way_through_a_table() -> None:
 
 def test_repetitions_have_ids_of_their_own_and_are_not_evaluated_twice() -> None:
     setting = config({"op": "duplicates"}, split={"eval_fraction": 0.5})
-    curated = Curated(pending=texts(*map(str, range(20))))
-    curated.ids.update(row.record.id for row in curated.pending)
-    operate(setting, curated, [Step("every", Every(3))], lambda wanted: unique_id(curated.ids, wanted))
-    assert conserved(20, curated)
-    held_out = len(curated.rows["eval"])
+    records = [row.record for row in texts(*map(str, range(20)))]
+    done = chunked.curate(setting, records, [Step("every", Every(3))])
+    held_out = len(done.rows["eval"])
     assert 0 < held_out < 20
-    assert len(curated.rows["train"]) == 3 * (20 - held_out)
-    assert curated.drops == {"repeated_in_eval": 2 * held_out}
+    assert len(done.rows["train"]) == 3 * (20 - held_out)
+    assert done.curated.dropped().drops == {"repeated_in_eval": 2 * held_out}
+    assert {row["id"] for row in done.rows["train"] if row["source"] == "f:1"} in (
+        {"r1", "r1-2", "r1-3"},
+        set(),
+    )
 
 
 def test_the_two_shapes_are_told_apart() -> None:

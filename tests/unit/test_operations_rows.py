@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -243,14 +244,14 @@ def test_pairs_of_one_prompt_are_tied() -> None:
 
 def test_length_bias_by_hand() -> None:
     """7 of 10 unlike pairs; Wilson's interval at 95 % is .3968 to .8922."""
-    lengths = [(2, 1)] * 7 + [(1, 2)] * 3 + [(5, 5)] * 2
-    assert length_bias(lengths) == {
+    lengths = np.array([(2, 1)] * 7 + [(1, 2)] * 3 + [(5, 5)] * 2, dtype=np.int32)
+    assert length_bias(*lengths.T) == {
         "chosen_longer": 0.7,
         "chosen_longer_95": [0.3968, 0.8922],
         "mean_characters_chosen": 2.2,
         "mean_characters_rejected": 1.9,
     }
-    assert length_bias([(1, 1)]) == {}
+    assert length_bias(np.ones(1, np.int32), np.ones(1, np.int32)) == {}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from data_prep.dataset import read_kind
+from data_prep.dataset import read_kind, split_files
 from data_prep.records import Kind
 from posttrain.errors import UserError
 from posttrain.models import load_chat_tokenizer
@@ -84,7 +84,7 @@ def read_lengths(
     def bound(rows: int | None, note: str) -> Lengths:
         return Lengths(rows, limit, limit, False, note, paired=not unpaired)
 
-    if not (directory / "train.parquet").is_file():
+    if not split_files(directory, "train"):
         return bound(None, f"data {data} is not made yet")
     wanted: Kind = UNPAIRED if unpaired else KINDS[kind]
     samples = read_samples(directory, wanted, seed, Findings(), splits=("train",))
