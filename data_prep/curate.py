@@ -37,7 +37,7 @@ from data_prep.sharded.output import content_hash, join_lines, move, samples, wr
 from data_prep.sharded.plan import FORMAT, READ, Setup, Sizes
 from data_prep.sharded.store import NAME, Store
 from posttrain.config import how_fields
-from posttrain.errors import DataError, Problem, RequeueError, UserError
+from posttrain.errors import ConfigError, DataError, Problem, RequeueError, UserError
 from posttrain.hashing import hash_json
 from posttrain.preemption import PreemptionFlag
 from posttrain.rundir import STAGING_PREFIX
@@ -108,7 +108,8 @@ def _cleaning(steps: Sequence[Step]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if clean is None:
+        # A ConfigError shows the configuration, not rows.
+        if clean is None or isinstance(error, ConfigError):
             raise
         raise DataError("\n".join(map(clean, str(error).split("\n")))) from None
 

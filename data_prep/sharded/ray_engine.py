@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from data_prep.sharded.plan import Setup, Task
 from data_prep.sharded.tasks import Worker
-from posttrain.errors import DataError, PosttrainError, UserError
+from posttrain.errors import ConfigError, DataError, PosttrainError, Problem, UserError
 
 Result = tuple[int, dict[str, Any]]
 WINDOW_BYTES = 64 << 20
@@ -36,8 +36,8 @@ class RayEngine:
     """Runs tasks on a Ray cluster: the one this process is in, the one at `address`, or a new local one.
 
     workers: most tasks at a time; None: as many as the cluster has processors. Ray begins at the first task,
-    and what was started here is stopped at the end. Raises UserError where the cluster cannot be reached or
-    one of its machines does not see the work directory.
+    and what was started here is stopped at the end. Raises ConfigError where the cluster cannot be reached,
+    DataError where one of its machines does not see the work directory.
     """
 
     def __init__(self, setup: Setup, address: str | None, workers: int | None) -> None:
@@ -83,10 +83,16 @@ class RayEngine:
             _reach(address)
             ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"engine ray: no cluster can be reached at {address or 'this machine'} "
-                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})\n"
-                "    start one (ray start --head), correct ray_address, or leave it out to start Ray here"
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                [
+                    Problem(
+                        "ray_address",
+                        f"no cluster can be reached at {address or 'this machine'} ({why})",
+                        "start one (ray start --head), correct the address, or leave it out to start Ray here",
+                        here=True,
+                    )
+                ]
             ) from error
         self._started = True
 
