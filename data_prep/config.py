@@ -275,13 +275,19 @@ class CurateConfig(StageConfig):
 
     engine: Annotated[Literal["local", "ray"], HowOnly()] = Field(
         "local",
-        description="What runs the row-local work: local, processes of this machine, or ray, a Ray cluster. "
-        "The bytes written are the same.",
+        description="What runs the row-local work: local, processes of this machine, or ray, Ray Data on "
+        "this machine or a cluster. The bytes written are the same.",
     )
-    workers: Annotated[int, HowOnly()] = Field(
-        1,
+    workers: Annotated[int | None, HowOnly()] = Field(
+        None,
         ge=1,
-        description="Processes that do the row-local work; 1: this one. The bytes written are the same.",
+        description="Processes that do the row-local work. Default: this one alone, and with engine ray as "
+        "many as the cluster has processors. The bytes written are the same.",
+    )
+    ray_address: Annotated[str | None, HowOnly()] = Field(
+        None,
+        description="Engine ray: the cluster, e.g. auto or ray://head:10001. Default: RAY_ADDRESS, or Ray is "
+        "started on this machine. The run directory must lie where all machines see it.",
     )
     shard_rows: int = Field(
         1_000_000,
@@ -294,6 +300,12 @@ class CurateConfig(StageConfig):
     def operates(self) -> bool:
         """Whether rows wait for the operations, and dataset.json says what became of each source."""
         return bool(self.operations) or self.commercial
+
+    @model_validator(mode="after")
+    def _address_of_a_cluster(self) -> CurateConfig:
+        if self.ray_address is not None and self.engine != "ray":
+            raise ValueError("`ray_address` belongs to `engine: ray`")
+        return self
 
     @model_validator(mode="after")
     def _turns_to_count(self) -> CurateConfig:

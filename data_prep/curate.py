@@ -9,6 +9,7 @@ both sides. The same configuration and files give the same bytes, by whatever en
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections import Counter
@@ -36,7 +37,7 @@ from data_prep.sharded.output import content_hash, join_lines, move, samples, wr
 from data_prep.sharded.plan import FORMAT, READ, Setup, Sizes
 from data_prep.sharded.store import NAME, Store
 from posttrain.config import how_fields
-from posttrain.errors import DataError, Problem, RequeueError, UserError
+from posttrain.errors import ConfigError, DataError, Problem, RequeueError, UserError
 from posttrain.hashing import hash_json
 from posttrain.preemption import PreemptionFlag
 from posttrain.rundir import STAGING_PREFIX
@@ -107,7 +108,8 @@ def _cleaning(steps: Sequence[Step]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        if clean is None:
+        # A ConfigError shows the configuration, not rows.
+        if clean is None or isinstance(error, ConfigError):
             raise
         raise DataError("\n".join(map(clean, str(error).split("\n")))) from None
 
@@ -178,6 +180,10 @@ def _metrics(context: StageContext, info: dict[str, Any]) -> dict[str, Any]:
 def check(config: CurateConfig, where: str) -> list[Problem]:
     """Problems of the generators' options and of the operations, found without making a record."""
     problems = operation_problems(config.operations, where)
+    if config.engine == "ray" and importlib.util.find_spec("ray") is None:
+        remedy = "pip install 'posttrain[ray]', or set engine: local"
+        message = "engine ray needs the package ray, which is not installed"
+        problems.append(Problem(f"{where}.engine", message, remedy, here=True))
     for index, source in enumerate(config.sources):
         message = generator_problem(source, config.kind) if source.generator else None
         if message:

@@ -138,7 +138,8 @@ def read_kind(path: Path) -> str | None:
 def read_split(path: Path, split: Split, kind: Kind | None = None) -> datasets.Dataset:
     """Read one side of a dataset directory, in memory and without a cache folder.
 
-    path: a directory with train.parquet and eval.parquet, or with their shards. kind: the kind the caller needs; None takes any.
+    path: a directory with train.parquet and eval.parquet, or with their shards. kind: the kind the caller
+    needs; None takes any.
     Raises DataError: directory or file missing, not parquet, wrong kind or columns, no rows.
     """
     import datasets
@@ -162,7 +163,8 @@ def read_split(path: Path, split: Split, kind: Kind | None = None) -> datasets.D
     table = pa.concat_tables(tables)
     if table.num_rows == 0:
         raise DataError(
-            f"{files[0]}: has no rows\n    change the split or the sources of this data set and curate it again"
+            f"{files[0]}: has no rows\n"
+            "    change the split or the sources of this data set and curate it again"
         )
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 

@@ -46,10 +46,11 @@ def _chars(turns: Sequence[Mapping[str, str]]) -> int:
 class Figures:
     """Counts over rows of one kind.
 
-    rows: by side. sources: by side, rows by file (the column `source` without the line). lengths: by side and part, rows by length in
-    characters. differences: pairs by length of chosen less that of rejected, in characters. turns: rows by
-    number of turns of the dialogue or prompt. tokens, languages: rows by what the operations length and
-    language tagged. pii_rows, pii_values: by type, rows and findings that the operation pii tagged.
+    rows: by side. sources: by side, rows by file (the column `source` without the line). lengths: by side
+    and part, rows by length in characters. differences: pairs by length of chosen less that of rejected,
+    in characters. turns: rows by number of turns of the dialogue or prompt. tokens, languages: rows by
+    what the operations length and language tagged. pii_rows, pii_values: by type, rows and findings that
+    the operation pii tagged.
     """
 
     kind: Kind

@@ -5,7 +5,8 @@
             corpus operation, whose views they make; it decides over all views, and so on
     write   workers put rows on their sides, the driver joins their parts into the files of the data set
 
-What a worker does with a chunk (``tasks.py``) is a function of files, so it does not matter which process does
-it, nor when: the bytes written are the same for any number of workers and after any interruption. The driver
-holds no row, and no more than a few tens of bytes of each.
+What a worker does with a chunk (``tasks.py``) is a function of files and of the rows that it is handed, so it
+does not matter which process does it, nor when: the bytes written are the same for any number of workers and
+after any interruption. The driver holds the rows of a few chunks on their way to the workers, and of all
+others no more than a few tens of bytes each.
 """

@@ -82,7 +82,8 @@ def _cut(
 def _by_chunk(rows: Sequence[int], verdicts: Iterable[pa.Table]) -> Iterator[tuple[int, pa.Table]]:
     """(chunk, verdicts on its rows), chunks without any left out."""
     ends = list(accumulate(rows))
-    chunk, held = 0, []
+    chunk = 0
+    held: list[pa.Table] = []
     for table in verdicts:
         begin = 0
         while begin < table.num_rows:

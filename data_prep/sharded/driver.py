@@ -22,8 +22,8 @@ from data_prep.sharded.sides import distinct
 from data_prep.sharded.store import Store, read_json, write_json
 
 Watch = Callable[[str, int, int | None, Iterator[Any]], Iterator[Any]]
-"""Sees the results of a segment as they pass. It is told the segment's name, how many chunks an earlier attempt
-has done, and how many there are, where that is known.
+"""Sees the results of a segment as they pass. It is told the segment's name, how many chunks an earlier
+attempt has done, and how many there are, where that is known.
 """
 
 
@@ -31,9 +31,9 @@ has done, and how many there are, where that is known.
 class Curated:
     """What is known of all rows.
 
-    tallies: by step, 0 for reading with filters and exact dedup, the last one for the split. chunks, last: how
-    many there are, and the segment whose files hold the sides; sides: rows of each chunk. mixture: rows by
-    side and source.
+    tallies: by step, 0 for reading with filters and exact dedup, the last one for the split. chunks,
+    last: how many there are, and the segment whose files hold the sides; sides: rows of each chunk.
+    mixture: rows by side and source.
     """
 
     figures: Figures

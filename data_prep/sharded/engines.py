@@ -1,4 +1,4 @@
-"""What runs the tasks: this process, or several of this machine."""
+"""What runs the tasks: this process, several of this machine, or Ray (``ray_engine.py``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from data_prep.config import CurateConfig
 from data_prep.sharded.plan import Setup, Task
 from data_prep.sharded.tasks import Worker
-from posttrain.errors import ConfigError, DataError, PosttrainError, Problem, UserError
+from posttrain.errors import DataError, PosttrainError, UserError
 
 Result = tuple[int, dict[str, Any]]
 """A chunk and what is said of it."""
@@ -34,19 +34,13 @@ class Engine(Protocol):
 
 
 def make_engine(config: CurateConfig, setup: Setup) -> Engine:
-    """The engine that the configuration names. Raises ConfigError where it is not there."""
+    """The engine that the configuration names."""
     if config.engine == "ray":
-        raise ConfigError(
-            [
-                Problem(
-                    "engine",
-                    "engine ray is not available here",
-                    "set `engine: local` and `workers`",
-                    here=True,
-                )
-            ]
-        )
-    return OneProcess(setup) if config.workers == 1 else Processes(setup, config.workers)
+        from data_prep.sharded.ray_engine import RayEngine
+
+        return RayEngine(setup, config.ray_address, config.workers)
+    workers = config.workers or 1
+    return OneProcess(setup) if workers == 1 else Processes(setup, workers)
 
 
 class OneProcess:

@@ -93,7 +93,7 @@ def _stems_in(name: str, several: Hashes) -> bool:
 
 
 def write_taken(store: Store, segment: int, chunks: int) -> None:
-    """Write, sorted, hashes of all ids that rows have or had before the decision that `segment` begins with."""
+    """Write, sorted, hashes of all ids that rows have or had before the decision that `segment` is about."""
     held: list[Hashes] = [np.fromfile(store.root / "ids", dtype=np.uint64)]
     held += [
         np.fromfile(file, dtype=np.uint64) for at in range(1, segment) for file in _made(store, at, chunks)

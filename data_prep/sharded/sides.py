@@ -79,10 +79,10 @@ def _write_side(
     write_table(store.file(segment, chunk, f"{split}.arrow"), table.select(columns(config.kind)))
     rows = dicts_of(table, config.kind)
     figures.add(rows, split)
-    with replacing(store.file(segment, chunk, f"{split}.lines")) as beside:
-        with pa.CompressedOutputStream(str(beside), "lz4") as stream:
-            for begin in range(0, len(rows), 1000):
-                stream.write(b"".join(content_line(split, row) for row in rows[begin : begin + 1000]))
+    lines = store.file(segment, chunk, f"{split}.lines")
+    with replacing(lines) as beside, pa.CompressedOutputStream(str(beside), "lz4") as stream:
+        for begin in range(0, len(rows), 1000):
+            stream.write(b"".join(content_line(split, row) for row in rows[begin : begin + 1000]))
     hashes = {hashlib.blake2b(row["group"].encode(), digest_size=GROUP_BYTES).digest() for row in rows}
     _write_hashes(store.file(segment, chunk, f"{split}.groups"), b"".join(sorted(hashes)))
 

@@ -87,7 +87,9 @@ def curate(
             split: [
                 row
                 for number in range(curated.chunks)
-                for row in dicts_of(read_table(store.file(curated.last, number, f"{split}.arrow")), config.kind)
+                for row in dicts_of(
+                    read_table(store.file(curated.last, number, f"{split}.arrow")), config.kind
+                )
             ]
             for split in SPLITS
         }

@@ -226,13 +226,12 @@ def test_any_order_conserves_rows(
     if not kept:
         return
     given = steps(*chosen, by_cluster=by == "cluster")
+    places = [line % 2 for line, _ in kept]
     try:
-        done = chunked.curate(
-            setting, [record for _, record in kept], given, sources=[line % 2 for line, _ in kept], chunk=size
-        )
-    except DataError as error:
+        done = chunked.curate(setting, [record for _, record in kept], given, sources=places, chunk=size)
+    except DataError:
         # What stands before it dropped all rows of the only source with a weight.
-        assert "weights" in str(error)
+        assert any("weights" in operation for operation in chosen)
         return
     assert done.curated.conserved()
     assert done.curated.rows_in == len(kept)
@@ -317,7 +316,10 @@ def test_repetitions_have_ids_of_their_own_and_are_not_evaluated_twice() -> None
     assert 0 < held_out < 20
     assert len(done.rows["train"]) == 3 * (20 - held_out)
     assert done.curated.dropped().drops == {"repeated_in_eval": 2 * held_out}
-    assert {row["id"] for row in done.rows["train"] if row["source"] == "f:1"} in ({"r1", "r1-2", "r1-3"}, set())
+    assert {row["id"] for row in done.rows["train"] if row["source"] == "f:1"} in (
+        {"r1", "r1-2", "r1-3"},
+        set(),
+    )
 
 
 def test_the_two_shapes_are_told_apart() -> None:
