@@ -42,10 +42,10 @@ PINNED = {
     "all": {
         "rejects.jsonl": "194ea9bde671e7b9",
         "review.jsonl": "4d2a3cddfddb90a1",
-        "dataset.json": "1cadd47b89f9c7d5",
+        "dataset.json": "8dac75bdd25173f9",
     },
-    "plain": {"rejects.jsonl": "3bd033b7b2278e31", "dataset.json": "3eae0472eef3ae82"},
-    "nodedup": {"rejects.jsonl": "e85cea247861828f", "dataset.json": "122f51eb9b7ccbb1"},
+    "plain": {"rejects.jsonl": "3bd033b7b2278e31", "dataset.json": "aa0b200c8292447b"},
+    "nodedup": {"rejects.jsonl": "e85cea247861828f", "dataset.json": "be1528a3558b9d6b"},
 }
 BLOCKS: dict[str, dict[str, Any]] = {
     "all": {},
@@ -82,12 +82,18 @@ def curated(folder: Path, out: Path, rows: int, **block: Any) -> str:
 
 
 def pinned(out: Path) -> dict[str, str]:
-    names = ("rejects.jsonl", "review.jsonl", "dataset.json")
-    return {
-        name: hashlib.sha256((out / name).read_bytes()).hexdigest()[:16]
-        for name in names
-        if (out / name).is_file()
-    }
+    """Hashes of what was written of the rows: their contents and the ledger, rejects, the review list."""
+    info = json.loads((out / "dataset.json").read_text(encoding="utf-8"))
+    ledger = [
+        [at["op"], at["rows_in"], at["repeated"], at["rows_out"], at["drops"], at["notes"], at["examples"]]
+        for at in info.get("operations", ())
+    ]
+    said = [info[name] for name in ("content_hash", "rows_in", "rows_out", "drops", "split", "lengths")]
+    texts = {"dataset.json": json.dumps([said, info.get("mixture"), ledger]).encode()}
+    for name in ("rejects.jsonl", "review.jsonl"):
+        if (out / name).is_file():
+            texts[name] = (out / name).read_bytes()
+    return {name: hashlib.sha256(text).hexdigest()[:16] for name, text in texts.items()}
 
 
 @pytest.mark.parametrize("case", BLOCKS)
