@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.card import card_markdown, report_html, sample_places
+from data_prep.card import card_markdown
 from data_prep.config import CurateConfig
 from data_prep.curate_checks import check_rows, check_split
 from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_hash, to_row, write_split
@@ -31,6 +31,7 @@ from data_prep.operations.build import Surroundings, build
 from data_prep.operations.build import problems as operation_problems
 from data_prep.operations.engine import Ran, Step
 from data_prep.operations.stage import clean_rejects, conserved, operate, operations_info
+from data_prep.page import report_html, sample_places
 from data_prep.projections import from_last_user_turns
 from data_prep.records import Record, excerpt
 from data_prep.split import default_group, side

@@ -8,6 +8,7 @@ with the number of rows.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ def label(row: Mapping[str, Any]) -> str:
     return "desirable" if row["label"] else "undesirable"
 
 
+def source_file(source: str) -> str:
+    """What the column `source` names without the row's number: of "a.jsonl:12" the file."""
+    name, _, number = source.rpartition(":")
+    return name if name and number.isdecimal() else source
+
+
 def _chars(turns: Sequence[Mapping[str, str]]) -> int:
     return sum(len(turn["content"]) for turn in turns)
 
@@ -46,7 +53,7 @@ def _chars(turns: Sequence[Mapping[str, str]]) -> int:
 class Figures:
     """Counts over rows of one kind.
 
-    rows: by side. sources: by side, rows by the column `source`. lengths: by side and part, rows by length in
+    rows: by side. sources: by side, rows by `source_file`. lengths: by side and part, rows by length in
     characters. differences: pairs by length of chosen less that of rejected, in characters. turns: rows by
     number of turns of the dialogue or prompt. tokens, languages: rows by what the operations length and
     language tagged. pii_rows, pii_values: by type, rows and findings that the operation pii tagged.
@@ -67,7 +74,7 @@ class Figures:
         """Count rows of the dataset directory's columns (``data_prep.dataset.to_row``) on one side."""
         self.rows[side] += len(rows)
         for row in rows:
-            self.sources[side][row["source"]] += 1
+            self.sources[side][source_file(row["source"])] += 1
             lengths = measures(self.kind, row)
             for name, length in lengths.items():
                 self.lengths[side].setdefault(name, Counter())[length] += 1
@@ -187,3 +194,24 @@ def figures_of(kind: Kind, rows: Mapping[Split, Sequence[Mapping[str, Any]]]) ->
     for side in SPLITS:
         figures.add(rows[side], side)
     return figures
+
+
+def share_interval(hits: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, Probable inference, 1927). Raises ZeroDivisionError for no trials."""
+    share, z = hits / total, 1.96
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return centre - half, centre + half
+
+
+def cluster_facts(sizes: Mapping[str, int], shown: int = 5) -> dict[str, Any]:
+    """Of clusters of two rows and more, by the place of their first row: cluster_sizes, clusters by number of
+    rows; largest_clusters, the first row and number of rows of a few.
+    """
+    several = {first: rows for first, rows in sizes.items() if rows > 1}
+    counts = Counter(several.values())
+    largest = sorted(several.items(), key=lambda at: -at[1])[:shown]
+    return {
+        "cluster_sizes": {str(size): counts[size] for size in sorted(counts)},
+        "largest_clusters": [{"first": first, "rows": rows} for first, rows in largest],
+    }

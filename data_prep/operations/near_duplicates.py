@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_prep.dedup import content_key
+from data_prep.figures import cluster_facts
 from data_prep.near_duplicates import MinHashSettings, exact_near_duplicates, find_near_duplicates
 from data_prep.operations.base import Decided, Dropped, Row, Stays
 from data_prep.operations.parts import Part, part_text
@@ -53,7 +54,8 @@ class NearDuplicates:
         return part_text(row.record, self.part), row.record.id, f"{row.file}:{row.line}"
 
     def decide(self, views: Sequence[tuple[str, str, str]]) -> Decided:
-        """Facts: clusters of two rows and more, rows in them, the largest, and pairs that were compared."""
+        """Facts: clusters of two rows and more, rows in them, the largest, pairs that were compared, and
+        ``cluster_facts``."""
         texts = [text for text, _, _ in views]
         found = (
             exact_near_duplicates(texts, self.settings.threshold, self.settings.words)
@@ -73,6 +75,7 @@ class NearDuplicates:
             "rows_in_clusters": sum(several),
             "largest_cluster": max(several, default=0),
             "pairs_compared": found.candidates,
+            **cluster_facts({views[leader][2]: size for leader, size in sizes.items()}),
         }
         return Decided(verdicts, facts)
 

@@ -98,6 +98,7 @@ def test_near_duplicates_keep_the_first_or_all() -> None:
     assert ['"cluster": "r1"' in row.record.meta for row in every.rows] == [True, False, True, True]
     assert every.ledgers[0].facts == {
         "clusters": 1, "rows_in_clusters": 3, "largest_cluster": 3, "pairs_compared": 2,
+            "cluster_sizes": {"3": 1}, "largest_clusters": [{"first": "f:1", "rows": 3}],
     }  # fmt: skip
 
 
