@@ -17,6 +17,7 @@ from data_prep.config import SourceConfig
 from data_prep.dataset import COMMON_COLUMNS, SPLITS, columns
 from data_prep.doctor.examine import beginning
 from data_prep.doctor.suggest import suggest
+from data_prep.export import side_files
 from data_prep.files import BadRow, expand, read_rows
 from data_prep.formats import FORMATS
 from data_prep.records import (
@@ -134,9 +135,9 @@ _Row = tuple[str, Record | None, str, str]
 
 def _records(data: str, split: str) -> Iterator[_Row]:
     directory = Path(data).expanduser()
-    file = directory / f"{split}.parquet"
-    if file.is_file():
-        yield from _curated(file)
+    if (directory / f"{split}.parquet").is_file() or any(directory.glob(f"{split}-*-of-*.parquet")):
+        for file in side_files(directory, split):  # type: ignore[arg-type]
+            yield from _curated(file)
         return
     for path in expand(data):
         yield from _raw(path)
