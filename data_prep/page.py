@@ -125,6 +125,7 @@ def _operations(info: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 
 def _mixture(info: Mapping[str, Any], figures: Figures) -> list[str]:
     """Shares by side, by the sources' names in the configuration or else by file; what mix aimed at."""
+    sides: dict[str, dict[str, float]]
     if "mixture" in info:
         sides = {side: {name: at["share"] for name, at in info["mixture"][side].items()} for side in SPLITS}
     else:

@@ -61,7 +61,7 @@ STAGES: dict[str, StageSpec] = {
             "data_prep.curate:run",
             "Turn sources into a data set.",
             check="data_prep.curate:check",
-            version=2,
+            version=3,
         ),
         _spec(
             "base",
