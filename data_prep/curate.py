@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from data_prep.card import card_markdown, report_html, sample_places
+from data_prep.card import card_markdown
 from data_prep.config import CurateConfig
 from data_prep.curate_checks import check_left, check_split
 from data_prep.dataset import SPLITS, columns
@@ -30,6 +30,7 @@ from data_prep.licences import roll_up
 from data_prep.operations.build import problems as operation_problems
 from data_prep.operations.engine import Step
 from data_prep.operations.personal import scrubber
+from data_prep.page import report_html, sample_places
 from data_prep.sharded import reading
 from data_prep.sharded.driver import Curated, Driver
 from data_prep.sharded.engines import make_engine
@@ -181,9 +182,14 @@ def check(config: CurateConfig, where: str) -> list[Problem]:
     """Problems of the generators' options and of the operations, found without making a record."""
     problems = operation_problems(config.operations, where)
     if config.engine == "ray" and importlib.util.find_spec("ray") is None:
-        remedy = "pip install 'posttrain[ray]', or set engine: local"
-        message = "engine ray needs the package ray, which is not installed"
-        problems.append(Problem(f"{where}.engine", message, remedy, here=True))
+        problems.append(
+            Problem(
+                f"{where}.engine",
+                "engine ray needs the package ray, which is not installed",
+                "pip install 'posttrain[ray]', or set engine: local",
+                here=True,
+            )
+        )
     for index, source in enumerate(config.sources):
         message = generator_problem(source, config.kind) if source.generator else None
         if message:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,6 +62,15 @@ def content_line(split: Split, row: dict[str, Any]) -> bytes:
     """
     line = json.dumps([split, row], ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     return line.encode("utf-8") + b"\n"
+
+
+def content_hash(rows: Mapping[Split, Sequence[dict[str, Any]]]) -> str:
+    """sha256 over the lines of rows that are in memory."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for row in rows[split]:
+            digest.update(content_line(split, row))
+    return digest.hexdigest()
 
 
 def write_split(path: Path, kind: Kind, rows: Iterable[dict[str, Any]]) -> None:

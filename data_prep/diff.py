@@ -2,7 +2,8 @@
 
 Ids are hashes of a record's content unless its source gave it one, so a changed text is a row removed and
 another added; where ids were given, a row with the same id and other content is changed. A row is moved when
-it changed the side of the split: what was held out is now trained on, or the other way round.
+it changed the side of the split: what was held out is now trained on, or the other way round. Of a row only
+its id, its side and 16 bytes of a hash are held.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.dataset import SPLITS, read_info, read_split
+from data_prep.config import ReadConfig
+from data_prep.dataset import SPLITS, read_info
+from data_prep.export import side_files
 from data_prep.records import excerpt
+from data_prep.streams import BadRow, FileFacts
+from data_prep.table_rows import parquet_rows
 from posttrain.errors import DataError
 
 SHOWN = 3
@@ -106,10 +111,13 @@ def diff(old: Path, new: Path) -> DatasetDiff:
     moved = sorted(id for id in common if before[id][0] != after[id][0])
     added, removed = sorted(after.keys() - before.keys()), sorted(before.keys() - after.keys())
     examples = {
-        "added": [after[id][2] for id in added[:SHOWN]],
-        "removed": [before[id][2] for id in removed[:SHOWN]],
-        "changed": [after[id][2] for id in changed[:SHOWN]],
-        "moved": [after[id][2] for id in moved[:SHOWN]],
+        what: _beginnings(path, ids[:SHOWN])
+        for what, path, ids in (
+            ("added", new, added),
+            ("removed", old, removed),
+            ("changed", new, changed),
+            ("moved", new, moved),
+        )
     }
     first, second = infos
     rows = {"read": (first["rows_in"], second["rows_in"])}
@@ -140,17 +148,38 @@ def _info(path: Path) -> dict[str, Any]:
     return info
 
 
-def _rows(path: Path) -> dict[str, tuple[str, bytes, str]]:
-    """(side, digest of the content, beginning) of every row, by id. source, group and meta do not count."""
-    rows: dict[str, tuple[str, bytes, str]] = {}
+def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(side, row) of every row, a batch at a time."""
     for side in SPLITS:
-        for row in read_split(path, side):
-            content = {
-                name: value for name, value in row.items() if name not in ("id", "source", "group", "meta")
-            }
-            text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-            rows[row["id"]] = (side, hashlib.sha256(text.encode()).digest(), _beginning(row["id"], content))
+        for file in side_files(path, side):
+            for number, row in parquet_rows(file, ReadConfig(max_row_bytes=2**31 - 1), FileFacts()):
+                if isinstance(row, BadRow):
+                    raise DataError(f"{file}: row {number}: {row.detail}\n    run the curate stage again")
+                yield side, row
+
+
+def _content(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("id", "source", "group", "meta")}
+
+
+def _rows(path: Path) -> dict[str, tuple[str, bytes]]:
+    """(side, digest of the content) of every row, by id. source, group and meta do not count."""
+    rows: dict[str, tuple[str, bytes]] = {}
+    for side, row in _read(path):
+        text = json.dumps(_content(row), sort_keys=True, ensure_ascii=False)
+        rows[row["id"]] = (side, hashlib.sha256(text.encode()).digest()[:16])
     return rows
+
+
+def _beginnings(path: Path, ids: Sequence[str]) -> list[str]:
+    """The beginnings of these rows, from a second reading."""
+    found: dict[str, str] = {}
+    for _, row in _read(path) if ids else ():
+        if row["id"] in ids:
+            found[row["id"]] = _beginning(row["id"], _content(row))
+            if len(found) == len(ids):
+                break
+    return [found[id] for id in ids]
 
 
 def _beginning(id: str, content: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ with the number of rows.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ def label(row: Mapping[str, Any]) -> str:
     return "desirable" if row["label"] else "undesirable"
 
 
+def source_file(source: str) -> str:
+    """What the column `source` names without the row's number: of "a.jsonl:12" the file."""
+    name, _, number = source.rpartition(":")
+    return name if name and number.isdecimal() else source
+
+
 def _chars(turns: Sequence[Mapping[str, str]]) -> int:
     return sum(len(turn["content"]) for turn in turns)
 
@@ -46,11 +53,10 @@ def _chars(turns: Sequence[Mapping[str, str]]) -> int:
 class Figures:
     """Counts over rows of one kind.
 
-    rows: by side. sources: by side, rows by file (the column `source` without the line). lengths: by side
-    and part, rows by length in characters. differences: pairs by length of chosen less that of rejected,
-    in characters. turns: rows by number of turns of the dialogue or prompt. tokens, languages: rows by
-    what the operations length and language tagged. pii_rows, pii_values: by type, rows and findings that
-    the operation pii tagged.
+    rows: by side. sources: by side, rows by `source_file`. lengths: by side and part, rows by length in
+    characters. differences: pairs by length of chosen less that of rejected, in characters. turns: rows by
+    number of turns of the dialogue or prompt. tokens, languages: rows by what the operations length and
+    language tagged. pii_rows, pii_values: by type, rows and findings that the operation pii tagged.
     """
 
     kind: Kind
@@ -68,7 +74,7 @@ class Figures:
         """Count rows of the dataset directory's columns (``data_prep.dataset.to_row``) on one side."""
         self.rows[side] += len(rows)
         for row in rows:
-            self.sources[side][row["source"].rpartition(":")[0] or row["source"]] += 1
+            self.sources[side][source_file(row["source"])] += 1
             lengths = measures(self.kind, row)
             for name, length in lengths.items():
                 self.lengths[side].setdefault(name, Counter())[length] += 1
@@ -188,3 +194,11 @@ def figures_of(kind: Kind, rows: Mapping[Split, Sequence[Mapping[str, Any]]]) ->
     for side in SPLITS:
         figures.add(rows[side], side)
     return figures
+
+
+def share_interval(hits: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share (Wilson, Probable inference, 1927). Raises ZeroDivisionError for no trials."""
+    share, z = hits / total, 1.96
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
+    return centre - half, centre + half

@@ -69,7 +69,7 @@ class Renderer:
 
     def __init__(self, ref: str) -> None:
         self.ref = ref
-        self.tokenizer = _load(ref)
+        self.tokenizer = load_tokenizer(ref)
         self.marked = _marked_template(self.tokenizer)
 
     def render(self, record: Record) -> list[Rendered]:
@@ -161,7 +161,8 @@ def _tools(record: Record) -> list[Any] | None:
     return tools if isinstance(tools, list) and tools else None
 
 
-def _load(ref: str) -> Any:
+def load_tokenizer(ref: str) -> Any:
+    """The tokenizer of a model or tokenizer directory, a run or a Hub id. Raises UserError for none."""
     from transformers import AutoTokenizer
 
     place = Path(ref).expanduser()

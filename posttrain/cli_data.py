@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from posttrain.cli_data_diff import add_diff
+from posttrain.cli_data_export import add_export
 
 DOCTOR = "data_prep.doctor.command:diagnose"
 SHOW = "data_prep.browse:browse"
@@ -27,11 +28,14 @@ def register(
 
     reporting: turns what a command raises into messages and exit codes.
     """
-    data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at data: doctor, show, diff.")
+    data = typer.Typer(
+        no_args_is_help=True, rich_markup_mode=None, help="Look at data: doctor, show, diff; export."
+    )
     app.add_typer(data, name="data")
     _add_doctor(data, reporting, print_json)
     _add_show(data, reporting, print_json)
     add_diff(data, reporting, print_json)
+    add_export(data, reporting, print_json)
     return data
 
 

@@ -18,7 +18,16 @@ from data_prep.near_duplicates import NearDuplicates as Found
 from data_prep.near_duplicates import connect, exact_near_duplicates
 from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
 from data_prep.operations.parts import Part, part_text
-from data_prep.operations.view_columns import Cells, all_words, blocks, fixed, place, same_as_first, words_of
+from data_prep.operations.view_columns import (
+    Cells,
+    all_words,
+    blocks,
+    cluster_facts,
+    fixed,
+    place,
+    same_as_first,
+    words_of,
+)
 from data_prep.shingles import Shingles
 from data_prep.sketch_files import SketchFiles
 
@@ -85,7 +94,9 @@ class NearDuplicates:
         return pa.table(columns)
 
     def decide(self, views: Views, scratch: Path) -> Decided:
-        """Facts: clusters of two rows and more, rows in them, the largest, and pairs that were compared."""
+        """Facts: clusters of two rows and more, rows in them, the largest, pairs that were compared, and
+        ``cluster_facts``.
+        """
         found = self._exact(views) if self.exact else self._by_bands(views, scratch)
         sizes = np.bincount(found.cluster, minlength=len(found.cluster))
         several = sizes[sizes > 1]
@@ -94,6 +105,7 @@ class NearDuplicates:
             "rows_in_clusters": int(several.sum()),
             "largest_cluster": int(several.max(initial=0)),
             "pairs_compared": found.candidates,
+            **cluster_facts(sizes, views),
         }
         return Decided(self._verdicts(views, found, sizes, scratch), facts)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
 from data_prep.operations.parts import Part, part_text
+from data_prep.operations.view_columns import cluster_facts
 from data_prep.semantic import SemanticClusters, dimension, encode, find_semantic_duplicates
 
 
@@ -67,6 +68,7 @@ class SemanticDuplicates:
             "parts_compared": found.parts,
             "rows_longer_than_the_model_reads": counted["cut"],
             "rows_without_text": counted["blank"],
+            **cluster_facts(sizes, views),
         }
         return Decided(self._verdicts(views, found, sizes), facts)
 

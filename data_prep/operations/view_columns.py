@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -73,6 +73,30 @@ def same_as_first(keys: Sequence[NDArray[np.uint64]]) -> NDArray[np.int64]:
 def blocks(rows: NDArray[np.int64], size: int = 8192) -> Iterator[NDArray[np.int64]]:
     """`rows` in runs of at most `size`."""
     return (rows[begin : begin + size] for begin in range(0, len(rows), size))
+
+
+def cluster_facts(sizes: NDArray[np.int64], views: Views, shown: int = 5) -> dict[str, Any]:
+    """Of clusters of two rows and more. sizes: rows of the cluster that each row leads, or 0.
+
+    cluster_sizes: clusters by number of rows; largest_clusters: the place of the first row, and the number of
+    rows, of a few.
+    """
+    leaders = np.flatnonzero(sizes > 1)
+    numbers, counts = np.unique(sizes[leaders], return_counts=True)
+    largest = leaders[np.argsort(-sizes[leaders], kind="stable")[:shown]]
+    places: dict[int, str] = {}
+    begin = 0
+    for table in views.tables(["place"]) if len(largest) else ():
+        for row in largest[(begin <= largest) & (largest < begin + table.num_rows)].tolist():
+            places[row] = table["place"][row - begin].as_py()
+        begin += table.num_rows
+    return {
+        "cluster_sizes": dict(zip(map(str, numbers.tolist()), counts.tolist(), strict=True)),
+        "largest_clusters": [
+            {"first": places[row], "rows": size}
+            for row, size in zip(largest.tolist(), sizes[largest].tolist(), strict=True)
+        ],
+    }
 
 
 class Cells:

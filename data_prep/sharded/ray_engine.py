@@ -81,7 +81,7 @@ class RayEngine:
         )
         try:
             _reach(address)
-            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
         except (OSError, ValueError, RuntimeError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
@@ -89,7 +89,7 @@ class RayEngine:
                     Problem(
                         "ray_address",
                         f"no cluster can be reached at {address or 'this machine'} ({why})",
-                        "start one (ray start --head), correct the address, or leave it out to start Ray here",
+                        "start one (ray start --head), correct the address, or leave it out to use Ray here",
                         here=True,
                     )
                 ]

@@ -222,7 +222,7 @@ def test_report_escapes_the_data_and_needs_no_network(tmp_path: Path) -> None:
     page = (tmp_path / "out/report.html").read_text()
     assert "<script" not in page and "<i>" not in page and "&lt;script&gt;alert(" in page
     assert not re.search(r"(src|href|url|@import)\s*[=(:]", page)
-    assert page.count('class="turn"') == 3 and page.count("<svg") == 1
+    assert page.count('class="turn text"') == 9 and page.count("<svg") == 1
 
 
 BAD_ROLE = {"messages": [{"role": "wizard", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}

@@ -49,7 +49,7 @@ def test_without_operations_nothing_of_them_is_written(tmp_path: Path) -> None:
     assert found == {
         "rejects.jsonl": "f3da7bfe20d82f63",
         "card.md": "c7e95d54e03ec5aa",
-        "report.html": "340fa971ed640274",
+        "report.html": "dad811624d18b879",
         "dataset.json": "5d9f452e097e8552",
     }
 

@@ -153,3 +153,22 @@ def test_gsm8k_tfidf_finds_what_was_rephrased(exam: EvalSet) -> None:
     assert right / len(nearest) == pytest.approx(0.985, abs=0.005)
     listed = sum(cosine >= 0.6 for _, _, cosine in nearest) / len(nearest)
     assert 0.5 < listed < 0.7
+
+
+def test_the_reference_table_is_that_of_as_many_training_questions(exam: EvalSet) -> None:
+    """Of the first 1,319 training questions, as many as there are test questions, the rules drop 3 and 2 (.23
+    and .15 %), whether runs common to many items count or not. With document frequencies of all these texts
+    and words of two characters on, TF-IDF finds the source of 1,298 of 1,319 (98.4 %).
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    train = questions("train")[: len(exam.items)]
+    for common in (10, len(exam.items)):
+        ngram = Decontaminate([exam], coverage_ngram=0, common=common, review_above=None)
+        coverage = Decontaminate([exam], ngram=0, common=common, review_above=None)
+        found = [sum(map(bool, reasons(operation, *train))) for operation in (ngram, coverage)]
+        assert found == [3, 2]
+    vectoriser = TfidfVectorizer(sublinear_tf=True).fit([*exam.items, *rephrased(), *train])
+    cosines = vectoriser.transform(rephrased()) @ vectoriser.transform(exam.items).T
+    nearest = cosines.toarray().argmax(axis=1)
+    assert sum(int(item) == index for index, item in enumerate(nearest)) == 1298

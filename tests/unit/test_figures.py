@@ -20,7 +20,7 @@ def pair(chosen: int, rejected: int, source: str = "a", **tags: Any) -> dict[str
         "chosen": [{"role": "assistant", "content": "x" * chosen}],
         "rejected": [{"role": "assistant", "content": "y" * rejected}],
     }
-    return {"id": "1", "source": source, "group": "g", "meta": json.dumps({"tags": tags}), **turns}
+    return {"id": "1", "source": f"{source}:7", "group": "g", "meta": json.dumps({"tags": tags}), **turns}
 
 
 def test_by_hand() -> None:

@@ -106,6 +106,7 @@ def test_near_duplicates_keep_the_first_or_all() -> None:
     assert clusters == {"f:1": True, "f:2": False, "f:3": True, "f:4": True}
     assert every.ledgers[0].facts == {
         "clusters": 1, "rows_in_clusters": 3, "largest_cluster": 3, "pairs_compared": 2,
+            "cluster_sizes": {"3": 1}, "largest_clusters": [{"first": "f:1", "rows": 3}],
     }  # fmt: skip
 
 

@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.card import card_markdown, length_summary, report_html
+from data_prep.card import card_markdown
 from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_hash, to_row, write_split
+from data_prep.figures import figures_of, length_summary
 from data_prep.ingest import Reject
+from data_prep.page import report_html, sample_places
 from data_prep.records import ConversationRecord, InvalidRecord, Message, PreferenceRecord, Record, excerpt
 from posttrain.errors import DataError
 from posttrain.rundir import STAGING_PREFIX
@@ -167,7 +169,7 @@ def describe(
         "filters": {"min_chars": None, "max_chars": None},
         "split": {**split, "groups": groups},
         "columns": columns(config.kind),
-        "lengths": length_summary(config.kind, rows),
+        "lengths": length_summary(figures_of(config.kind, rows)),
         "synthesis": {
             **synthesis,
             "selection": selection_settings(config),
@@ -189,7 +191,14 @@ def write_directory(
 ) -> None:
     """Write DATASET_FILES and answers.jsonl: first all aside, then renamed into place, dataset.json last."""
     lines = lineage_lines(info["synthesis"])
-    page = report_html(dict(info), selected.rows, selected.dropped)
+    train = selected.rows["train"]
+    page = report_html(
+        info,
+        figures_of(info["kind"], selected.rows),
+        [train[place] for place in sample_places(len(train))],
+        {drop.reason: drop for drop in reversed(selected.dropped)},
+        Counter(drop.reason for drop in selected.dropped),
+    )
     text = "\n".join(lines)
     section = f"<pre>{html.escape(text)}</pre>"
     rejects = (json.dumps(asdict(drop), ensure_ascii=False) + "\n" for drop in selected.dropped)
