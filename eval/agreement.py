@@ -78,7 +78,7 @@ def fleiss_kappa(
         counts: how many annotators gave each label, shape (items, labels); every row sums to the same m >= 2.
         clusters: prompt of each item, shape (items,).
 
-    The standard error holds away from kappa = 0 too (Gwet 2021, eq. 10), unlike the one of Fleiss (1971).
+    The standard error holds away from kappa = 0 too (Gwet 2021), unlike the one of Fleiss (1971).
 
     Raises UndefinedAgreement when all labels are equal; ValueError when rows have different sums (items
     rated by different numbers of annotators: use `krippendorff_alpha`).
