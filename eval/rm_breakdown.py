@@ -48,7 +48,7 @@ def accuracy_by_confidence(
 
     A model whose confidence means something gets better from row to row.
     """
-    order = np.argsort(-np.abs(margins), kind="stable")
+    order = np.argsort(-np.abs(margins), kind="stable").tolist()
     outcomes = judge_outcomes(margins)
     rows = []
     for share in CONFIDENT_SHARES:
@@ -79,7 +79,7 @@ def accuracy_by_subset(
     outcomes = judge_outcomes(margins)
     report = {}
     for name, _ in Counter(named.tolist()).most_common():
-        inside = np.flatnonzero(named == name)
+        inside = np.flatnonzero(named == name).tolist()
         accuracy = proportion_interval(outcomes[inside], [prompts[i] for i in inside], confidence)
         report[name] = accuracy.as_dict()
     return report
@@ -103,7 +103,9 @@ def length_controlled_accuracy(
     if not longer.any() or not shorter.any():
         return None
     strata = [
-        proportion_interval(outcomes[inside], [prompts[i] for i in np.flatnonzero(inside)], confidence)
+        proportion_interval(
+            outcomes[inside], [prompts[i] for i in np.flatnonzero(inside).tolist()], confidence
+        )
         for inside in (longer, shorter)
     ]
     kept = longer | shorter
@@ -111,7 +113,7 @@ def length_controlled_accuracy(
     size = np.where(longer, longer.sum(), shorter.sum())
     mean = np.where(longer, strata[0].value, strata[1].value)
     deviations = (kept.sum() / (2 * size) * (outcomes - mean))[kept]
-    kept_prompts = [prompts[i] for i in np.flatnonzero(kept)]
+    kept_prompts = [prompts[i] for i in np.flatnonzero(kept).tolist()]
     value = (strata[0].value + strata[1].value) / 2
     return {
         "accuracy": _bounded_interval(value, deviations, kept_prompts, confidence).as_dict(),
