@@ -150,7 +150,9 @@ def _dialect(url: str) -> tuple[Any, tuple[type[BaseException], ...]]:
         try:
             from pg8000.exceptions import DatabaseError, InterfaceError
         except ModuleNotFoundError as error:
-            raise UserError(f"{shown(url)}: needs {error.name}\n    pip install 'posttrain[postgres]'") from error
+            raise UserError(
+                f"{shown(url)}: needs {error.name}\n    pip install 'posttrain[postgres]'"
+            ) from error
         return lambda: PostgresSession(url), (DatabaseError, InterfaceError, OSError)
     raise UserError(
         f"{shown(url)}: no database of this kind is known\n"

@@ -103,7 +103,12 @@ def origins(host: str, public_url: str | None) -> Origins:
             )
         return Origins()
     parts = urlsplit(public_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query:
+    if (
+        parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or parts.path not in ("", "/")
+        or parts.query
+    ):
         raise UserError(f"--public-url {public_url}: is no address\n    write https://annotate.example.org")
     default = {"http": 80, "https": 443}[parts.scheme]
     place = parts.netloc.lower().rpartition("@")[2]

@@ -109,7 +109,11 @@ def open_study(database: Database, name: str | None = None) -> Study:
         what = f"no study {name}" if name else f"{len(rows)} studies" if rows else "no study"
         raise UserError(
             f"{shown(database.url)}: holds {what}\n    "
-            + (f"name one of them with --study: {', '.join(names)}" if rows else "make one with `annotate create`")
+            + (
+                f"name one of them with --study: {', '.join(names)}"
+                if rows
+                else "make one with `annotate create`"
+            )
         )
     (row,) = chosen
     config = StudyConfig.model_validate_json(row["config"])

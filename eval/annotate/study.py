@@ -1,10 +1,10 @@
 """A study as written: one YAML file, and the pairs of answers it is about.
 
-    name: sft-against-ppo
-    items: runs/tiny/eval            # a run of the eval stage, its samples.jsonl, or a .jsonl of items
-    overlap: 2
-    gold_share: 0.1
-    criteria: [helpful, correct]
+name: sft-against-ppo
+items: runs/tiny/eval            # a run of the eval stage, its samples.jsonl, or a .jsonl of items
+overlap: 2
+gold_share: 0.1
+criteria: [helpful, correct]
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class StudyConfig(StrictModel):
         None, description="A .jsonl of items with `gold`, the known answer, beside those of `items`."
     )
     gold_share: float = Field(
-        0.1, ge=0, le=0.5, description="Share of an annotator's items that are gold checks, while any are left."
+        0.1,
+        ge=0,
+        le=0.5,
+        description="Share of an annotator's items that are gold checks, while any are left.",
     )
     overlap: int = Field(1, ge=1, le=1000, description="Annotators who vote on an item.")
     instructions: str = Field("", max_length=20_000, description="Shown above every item, as plain text.")
