@@ -41,9 +41,10 @@ def register(app: typer.Typer, reporting: Reporting) -> None:
     commands = typer.Typer(
         no_args_is_help=True,
         rich_markup_mode=None,
-        help="Human preferences: blinded comparisons of answers on a web page, and what becomes of the votes.",
+        help="Human preferences: blinded comparisons of answers on a web page, and what becomes of them.",
         epilog="Example: posttrain annotate create study.yaml; posttrain annotate annotators add alice; "
-        "posttrain annotate serve; posttrain annotate export --output runs/human. docs/annotation.md has all.",
+        "posttrain annotate serve; posttrain annotate export --output runs/human. "
+        "docs/annotation.md has more.",
     )
     app.add_typer(commands, name="annotate")
     people = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may log in, and how.")

@@ -1,7 +1,7 @@
 """The web application: pages for annotators. What admins see is in admin.py.
 
-Every answer to a vote comes after the commit (POST, then a redirect to the page of the next item). Handlers read
-the form, and leave the database to a few threads with a connection each.
+Every answer to a vote comes after the commit (POST, then a redirect to the page of the next item). Handlers
+read the form, and leave the database to a few threads with a connection each.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Annotation:
         )
 
     async def person(self, request: Request, role: str) -> Row:
-        """Who is logged in, as a row with id, name and role. Raises SignInError for nobody, or another role."""
+        """Who is logged in: id, name and role. Raises SignInError for nobody, or somebody of another role."""
         cookie = request.cookies.get(self.session_cookie, "")
         now = self.clock()
 
@@ -220,7 +220,8 @@ def _add_login(app: FastAPI, annotation: Annotation) -> None:
                     "DELETE FROM sessions WHERE sha256 = :old OR expires <= :now", old=sha256(old), now=now
                 )
                 session.run(
-                    "INSERT INTO sessions (sha256, annotator, expires) VALUES (:sha256, :annotator, :expires)",
+                    "INSERT INTO sessions (sha256, annotator, expires) "
+                    "VALUES (:sha256, :annotator, :expires)",
                     sha256=sha256(made),
                     annotator=person["id"],
                     expires=now + SESSION_SECONDS,
@@ -256,7 +257,9 @@ def _add_items(app: FastAPI, annotation: Annotation) -> None:
         def look() -> tuple[assignments.Task | None, dict[str, Any]]:
             with database.writing() as session:
                 found = assignments.current(session, study, person["id"], clock())
-                return found, assignments.progress(session, study, person["id"])
+                last = votes.last_done(session, person["id"])
+                progress = assignments.progress(session, study, person["id"])
+                return found, {**progress, "last": last and last["key"]}
 
         task, progress = await annotation.in_thread(look)
         return annotation.pages.item(person["name"], task, progress, annotation.form_token(request))
@@ -297,4 +300,7 @@ def _add_items(app: FastAPI, annotation: Annotation) -> None:
     posted("/vote", vote)
     posted("/skip", skip)
     posted("/draft", draft)
-    posted("/undo", lambda annotator, fields: votes.undo(database, study, annotator, clock()))
+    posted(
+        "/undo",
+        lambda annotator, fields: votes.undo(database, study, annotator, fields.get("last", ""), clock()),
+    )

@@ -1,8 +1,9 @@
 """Studies for Argilla and Label Studio, and votes back from them.
 
 Label Studio: its JSON of tasks (labelstud.io/guide/task_format), with a labeling configuration beside it.
-Argilla: records as the SDK writes and reads them (`Record.to_dict`, `Dataset.records.to_json`). A is an item's
-first answer, which was drawn; neither file names a model. Items are recognised by their name when votes return.
+Argilla: records as the SDK writes and reads them (`Record.to_dict`, `Dataset.records.to_json`). A is the
+first answer of an item, which was drawn; neither file names a model. Items are recognised by their name when votes
+return.
 """
 
 from __future__ import annotations
@@ -240,7 +241,7 @@ def _responses(row: Any, left_out: Counter[str]) -> list[Returned]:
 
 
 def add(database: Database, study: Study, votes: list[Returned]) -> Counter[str]:
-    """Keep votes of another tool; how many were added, or why not. Their annotators are made, without a token.
+    """Keep votes of another tool; how many were added, or why not. Annotators are made, without a token.
 
     Raises DataError for an item that the study does not have; then nothing is kept.
     """
@@ -275,8 +276,8 @@ def _add(session: Session, study: Study, vote: Returned, now: float) -> str:
     )
     (item,) = items
     before = session.run(
-        "SELECT v.preferred FROM assignments s LEFT JOIN votes v ON v.assignment = s.id AND v.withdrawn IS NULL "
-        "WHERE s.item = :item AND s.annotator = :annotator",
+        "SELECT v.preferred FROM assignments s LEFT JOIN votes v ON v.assignment = s.id "
+        "AND v.withdrawn IS NULL WHERE s.item = :item AND s.annotator = :annotator",
         item=item["id"],
         annotator=person,
     )

@@ -1,7 +1,7 @@
 """Votes as preferences for `reward` and `dpo`: one row per pair of answers that a majority decides.
 
-`prefs.jsonl` is a file that the curate stage reads, with its lineage beside it. A name without .jsonl is a data
-set directory as well, curated from that file: what `reward` and `dpo` take as `data`.
+`prefs.jsonl` is a file that the curate stage reads, with its lineage beside it. A name without .jsonl is a
+data set directory as well, curated from that file: what `reward` and `dpo` take as `data`.
 """
 
 from __future__ import annotations

@@ -47,10 +47,10 @@ class Pages:
         self.criteria = config.criteria
 
     def render(
-        self, name: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any
+        self, template: str, status: int = 200, headers: dict[str, str] | None = None, **values: Any
     ) -> HTMLResponse:
         """A template as an answer."""
-        text = self.environment.get_template(name).render(values)
+        text = self.environment.get_template(template).render(values)
         return HTMLResponse(text, status, headers)
 
     def login(self, form: str, error: str = "", status: int = 200) -> HTMLResponse:
@@ -70,6 +70,7 @@ class Pages:
             task=task,
             done=progress["done"],
             total=total,
+            last=progress["last"],
             form=form,
             choices=CHOICES,
             criteria=self.criteria,

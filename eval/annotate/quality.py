@@ -35,7 +35,8 @@ def report(database: Database, study: Study) -> dict[str, Any]:
         counts = _counts(session, study)
         people = session.run(
             "SELECT a.name, a.revoked, (SELECT COUNT(*) FROM assignments s WHERE s.annotator = a.id AND "
-            "s.state = 'skipped') AS skipped FROM annotators a WHERE a.study = :study AND a.role = 'annotator'",
+            "s.state = 'skipped') AS skipped FROM annotators a WHERE a.study = :study "
+            "AND a.role = 'annotator'",
             study=study.id,
         )
     regular = [vote for vote in votes if not vote["is_gold"]]
@@ -81,7 +82,7 @@ def _agreement(by_item: dict[str, list[Row]]) -> dict[str, Any]:
     for number, votes in enumerate(by_item.values()):
         for vote in votes:
             table[number, names.index(vote["annotator"])] = LABELS.index(vote["preferred"])
-    pairs = []
+    pairs: list[dict[str, Any]] = []
     for i, j in itertools.combinations(range(len(names)), 2):
         both = ~np.isnan(table[:, i]) & ~np.isnan(table[:, j])
         if both.sum() >= MIN_COMMON:

@@ -1,7 +1,7 @@
 """The tables of an annotation database, and the version they have.
 
-Votes are never changed: a vote that its annotator takes back stays, with the time of that in `withdrawn`. Texts
-that people or models wrote are JSON, in ASCII, so that both databases take what only one of them would.
+Votes are never changed: a vote that its annotator takes back stays, with the time of that in `withdrawn`.
+Texts that people or models wrote are JSON, in ASCII, so that both databases take what only one of them would.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TABLES = (
     skip_reason TEXT, skip_comment TEXT, UNIQUE (item, annotator))""",
     "CREATE INDEX IF NOT EXISTS assignments_of ON assignments (annotator, state)",
     "CREATE INDEX IF NOT EXISTS assignments_open ON assignments (lease) WHERE state = 'open'",
-    # nonce: of the form the vote came from. choice: a, b, tie, both_bad as seen; preferred: first, second, ...
+    # nonce: of the form the vote came from. choice: a, b, tie, both_bad, as seen; preferred: first, ...
     """CREATE TABLE IF NOT EXISTS votes (
     nonce TEXT PRIMARY KEY, assignment TEXT NOT NULL REFERENCES assignments(id), choice TEXT NOT NULL,
     preferred TEXT NOT NULL, ratings TEXT NOT NULL, comment TEXT NOT NULL,

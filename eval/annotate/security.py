@@ -1,7 +1,7 @@
 """What stands between the web and the study: Host and Origin, size of forms, headers, guesses, form tokens.
 
-`Guard` is an ASGI middleware around the whole application. Login tokens have 256 random bits, so that guessing
-one is hopeless anyway; the limits keep guesses from costing anything, and from telling anything.
+`Guard` is an ASGI middleware around the whole application. Login tokens have 256 random bits, so that
+guessing one is hopeless anyway; the limits keep guesses from costing anything, and from telling anything.
 """
 
 from __future__ import annotations

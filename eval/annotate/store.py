@@ -59,7 +59,8 @@ def create_study(database: Database, config: StudyConfig, loaded: Loaded, now: f
     with database.writing() as session:
         if session.run("SELECT 1 FROM studies WHERE name = :name", name=config.name):
             raise UserError(
-                f"{shown(database.url)}: holds a study {config.name} already\n    give this one another `name`"
+                f"{shown(database.url)}: holds a study {config.name} already\n"
+                "    give this one another `name`"
             )
         session.run(
             "INSERT INTO studies (id, name, config, source, secret, created) "
@@ -77,9 +78,9 @@ def create_study(database: Database, config: StudyConfig, loaded: Loaded, now: f
             if order == (1, 0) and gold in ("first", "second"):
                 gold = "second" if gold == "first" else "first"
             session.run(
-                "INSERT INTO items (id, study, place, name, prompt, first_answer, second_answer, first_model, "
-                "second_model, gold, is_gold) VALUES (:id, :study, :place, :name, :prompt, :first_answer, "
-                ":second_answer, :first_model, :second_model, :gold, :is_gold)",
+                "INSERT INTO items (id, study, place, name, prompt, first_answer, second_answer, "
+                "first_model, second_model, gold, is_gold) VALUES (:id, :study, :place, :name, :prompt, "
+                ":first_answer, :second_answer, :first_model, :second_model, :gold, :is_gold)",
                 id=secrets.token_hex(16),
                 study=study,
                 place=place,
@@ -109,11 +110,7 @@ def open_study(database: Database, name: str | None = None) -> Study:
         what = f"no study {name}" if name else f"{len(rows)} studies" if rows else "no study"
         raise UserError(
             f"{shown(database.url)}: holds {what}\n    "
-            + (
-                f"name one of them with --study: {', '.join(names)}"
-                if rows
-                else "make one with `annotate create`"
-            )
+            + (f"name one with --study: {', '.join(names)}" if rows else "make one with `annotate create`")
         )
     (row,) = chosen
     config = StudyConfig.model_validate_json(row["config"])
@@ -121,7 +118,7 @@ def open_study(database: Database, name: str | None = None) -> Study:
 
 
 def add_annotator(database: Database, study: Study, name: str, role: str = "annotator") -> str:
-    """Add somebody; the token to log in with is returned and not kept. Raises UserError: name taken, or none."""
+    """Add somebody; the token to log in with is returned, not kept. Raises UserError: name taken, or none."""
     if not re.fullmatch(NAME, name):
         raise UserError(f"NAME: {name!r} is no name\n    use letters, digits, '.', '_' and '-', at most 64")
     token = PREFIX + secrets.token_urlsafe(32)
@@ -155,7 +152,7 @@ def insert_annotator(
 
 
 def revoke_annotator(database: Database, study: Study, name: str) -> None:
-    """Nobody logs in as `name` any more; open sessions end, open items return, votes stay. UserError: unknown."""
+    """Let `name` log in no more: sessions end, open items return, votes stay. Raises UserError: unknown."""
     with database.writing() as session:
         rows = session.run(
             "UPDATE annotators SET revoked = :now WHERE study = :study AND name = :name AND revoked IS NULL "

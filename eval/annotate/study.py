@@ -159,8 +159,8 @@ def _read(place: str, config: StudyConfig, loaded: Loaded, prefix: str = "") -> 
 
 
 FORMS = (
-    "a line is {prompt, answer_a, answer_b} or {prompt, answers: {model: text, model: text}}; gold is a, b (or "
-    "a model's name), tie or both_bad"
+    "a line is {prompt, answer_a, answer_b} or {prompt, answers: {model: text, model: text}}; gold is a, b "
+    "(or a model's name), tie or both_bad"
 )
 
 

@@ -26,8 +26,9 @@ def as_text(report: dict[str, Any]) -> str:
         "",
         "annotator: votes; gold accuracy; agrees with others; median seconds; share of A among A and B",
         *(
-            f"  {row['name']}{' (revoked)' if row['revoked'] else ''}: {row['votes']}; {_interval(row['gold'])}; "
-            f"{_number(row['with_others'])}; {_number(row['median_seconds'])}; {_interval(row['chose_a'])}"
+            f"  {row['name']}{' (revoked)' if row['revoked'] else ''}: {row['votes']}; "
+            f"{_interval(row['gold'])}; {_number(row['with_others'])}; "
+            f"{_number(row['median_seconds'])}; {_interval(row['chose_a'])}"
             for row in report["annotators"]
         ),
         "",

@@ -1,8 +1,8 @@
 """What annotators do with an item: vote, skip, leave a draft, take the last of it back.
 
-A vote is named by the nonce of its form. The same vote sent twice is one vote; another one from the same form is
-refused, and so is one from a form whose vote was taken back. Changing one's mind is `undo`, then a new vote: both
-stay in the database.
+A vote is named by the nonce of its form. The same vote sent twice is one vote; another one from the same form
+is refused, and so is one from a form whose vote was taken back. Changing one's mind is `undo`, then a new
+vote: both stay in the database.
 """
 
 from __future__ import annotations
@@ -120,42 +120,62 @@ def draft(
         _save_draft(session, assignment, opinion)
 
 
-def undo(database: Database, study: Study, annotator: str, now: float) -> None:
+def undo(database: Database, study: Study, annotator: str, last: str, now: float) -> None:
     """Take the last vote, or the last skip, back: its item is open again, with its comment and ratings.
 
-    Raises RefusedError: nothing there, or others took the place of what was skipped.
+    last: which that is, from `last_done`, so that sending it twice undoes one. Raises RefusedError: something
+    was done since, or others took the place of what was skipped.
     """
     with database.writing() as session:
         assignments.expire(session, study, now)
-        rows = session.run(
-            "SELECT s.id, s.item, s.state, s.swapped, s.skip_comment, i.taken, i.is_gold FROM assignments s "
-            "JOIN items i ON i.id = s.item WHERE s.annotator = :annotator AND s.state IN ('voted', 'skipped') "
-            "ORDER BY s.ended DESC, s.id LIMIT 1",
-            annotator=annotator,
-        )
-        if not rows:
-            raise RefusedError("There is nothing to undo.")
-        row = rows[0]
+        row = last_done(session, annotator)
+        if row is None or row["key"] != last:
+            if _undone(session, annotator, last):
+                return
+            raise RefusedError("This is not the last thing you did. Load the page again.")
         if row["state"] == "skipped":
             if not assignments.take_back(session, study, row, now):
                 raise RefusedError("Others have voted on the item that you skipped.")
             _save_draft(session, row["id"], Opinion(comment=json.loads(row["skip_comment"])))
             return
-        (standing,) = session.run(
-            "UPDATE votes SET withdrawn = :now WHERE assignment = :id AND withdrawn IS NULL RETURNING *",
-            now=now,
-            id=row["id"],
-        )
+        session.run("UPDATE votes SET withdrawn = :now WHERE nonce = :nonce", now=now, nonce=last)
         # Its place is taken already: the vote had it.
         session.run(
-            "UPDATE assignments SET state = 'open', lease = :lease, shown = :now, ended = NULL WHERE id = :id",
+            "UPDATE assignments SET state = 'open', lease = :lease, shown = :now, ended = NULL "
+            "WHERE id = :id",
             lease=now + study.config.lease_minutes * 60,
             now=now,
             id=row["id"],
         )
-        ratings = json.loads(standing["ratings"])
+        ratings = json.loads(row["ratings"])
         seen = {name: as_seen(value, row["swapped"]) for name, value in ratings.items()}
-        _save_draft(session, row["id"], Opinion(seen, json.loads(standing["comment"])))
+        _save_draft(session, row["id"], Opinion(seen, json.loads(row["comment"])))
+
+
+def last_done(session: Session, annotator: str) -> Row | None:
+    """What `undo` would take back: an assignment, with `key`, the nonce of its vote, or its id if skipped."""
+    rows = session.run(
+        "SELECT s.id, s.item, s.state, s.swapped, s.skip_comment, i.taken, i.is_gold, v.ratings, v.comment, "
+        "COALESCE(v.nonce, s.id) AS key FROM assignments s JOIN items i ON i.id = s.item "
+        "LEFT JOIN votes v ON v.assignment = s.id AND v.withdrawn IS NULL "
+        "WHERE s.annotator = :annotator AND s.state IN ('voted', 'skipped') "
+        "ORDER BY s.ended DESC, s.id LIMIT 1",
+        annotator=annotator,
+    )
+    return rows[0] if rows else None
+
+
+def _undone(session: Session, annotator: str, last: str) -> bool:
+    """Whether it was taken back before, and nothing was done with its item since."""
+    return bool(
+        session.run(
+            "SELECT 1 FROM assignments s LEFT JOIN votes v ON v.assignment = s.id "
+            "WHERE s.annotator = :annotator AND s.state IN ('open', 'expired') AND "
+            "((v.nonce = :last AND v.withdrawn IS NOT NULL) OR s.id = :last)",
+            annotator=annotator,
+            last=last,
+        )
+    )
 
 
 def as_stored(choice: str, swapped: int) -> str:
