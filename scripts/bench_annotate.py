@@ -4,8 +4,8 @@
     python scripts/bench_annotate.py --items 20 --annotators 3 --kills 1 --databases sqlite
 
 Every annotator votes on every item, presses some buttons twice, tries to vote differently from a second
-window, and takes some votes back. In the end the votes of the database are exactly those that were acknowledged,
-and the exports of SQLite and PostgreSQL are the same bytes. Exit code 1 where they are not.
+window, and takes some votes back. In the end the votes of the database are exactly those that were
+acknowledged, and the exports of SQLite and PostgreSQL are the same bytes. Exit code 1 where they are not.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ START_SECONDS = 60.0
 
 
 @contextmanager
-def private_postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL of its own, on a socket of its own, ended afterwards.
+def private_postgres(*settings: str) -> Iterator[str]:
+    """The URL of a PostgreSQL of its own, on a socket of its own, ended afterwards. settings: "fsync=off".
 
     Raises RuntimeError, with the reason, where there is none.
     """
@@ -64,6 +64,7 @@ def private_postgres() -> Iterator[str]:
             os.chown(place, entry.pw_uid, entry.pw_gid)
         data = place / "data"
         options = f"-c listen_addresses= -c unix_socket_directories={place} -c max_connections=40"
+        options += "".join(f" -c {setting}" for setting in settings)
         steps = [
             [initdb, "-D", str(data), "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],
             [pg_ctl, "-D", str(data), "-w", "-l", str(place / "log"), "-o", options, "start"],

@@ -67,7 +67,7 @@ class Database:
     def _drop(self, session: Session) -> None:
         self._held.session = None
         with self._guard:
-            self._all.remove(session)
+            self._all = [other for other in self._all if other is not session]
         with contextlib.suppress(*self.failures):
             session.close()
 
