@@ -2,8 +2,8 @@
 
 Label Studio: its JSON of tasks (labelstud.io/guide/task_format), with a labeling configuration beside it.
 Argilla: records as the SDK writes and reads them (`Record.to_dict`, `Dataset.records.to_json`). A is the
-first answer of an item, which was drawn; neither file names a model. Items are recognised by their name when votes
-return.
+first answer of an item, which was drawn; neither file names a model. Items are recognised by
+their name when votes return.
 """
 
 from __future__ import annotations

@@ -179,11 +179,7 @@ def test_no_answer_names_a_model(world: World) -> None:
     others = ("/static/annotate.js", "/static/annotate.css", "/admin")
     while form := vote_form((page := browser.get("/")).text):
         seen += [page, send(browser, "/vote", {**form, "choice": "a"})]
-        seen += [
-            browser.get("/static/annotate.js"),
-            browser.get("/static/annotate.css"),
-            browser.get("/admin"),
-        ]
+        seen += [browser.get(path) for path in others]
     seen.append(page)
     for answer in seen:
         everything = answer.text + str(answer.headers) + str(answer.url)
@@ -211,7 +207,7 @@ def test_assigning_runs_the_same_statements_whoever_wrote_the_answers(
 
     monkeypatch.setattr(SqliteSession, "run", noted)
     found: dict[int, set[str]] = {0: set(), 1: set()}
-    for _ in range(12):
+    for _ in range(16):
         log.clear()
         form = vote_form(browser.get("/").text)
         statements = "\n".join(log)
