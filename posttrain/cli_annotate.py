@@ -238,8 +238,8 @@ def _add_import(commands: typer.Typer, reporting: Reporting) -> None:
             from posttrain.registry import load
 
             opened, found = _open(database, study)
-            votes, left_out = load("eval.annotate.exchange:read")(file, tool.value)
-            counts = load("eval.annotate.exchange:add")(opened, found, votes)
+            votes, left_out = load("eval.annotate.returned:read")(file, tool.value)
+            counts = load("eval.annotate.returned:add")(opened, found, votes)
             added = counts.pop("added", 0)
             print(f"{file}: {added} votes added ({_reasons(dict(counts + left_out))})", file=sys.stderr)
 

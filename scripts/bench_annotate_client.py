@@ -90,7 +90,7 @@ def form_of(page: str) -> dict[str, str]:
 
 def decide(name: str, texts: list[str]) -> str:
     """What the annotator thinks of a prompt and answers: a, b, tie or both_bad, in any order."""
-    prompt, a, b = texts
+    prompt, a, b = texts[-3:]
     low, high = sorted((a, b))
     digest = hashlib.sha256("\n".join((name, prompt, low, high)).encode()).digest()
     opinion = OPINIONS[digest[0] % len(OPINIONS)]

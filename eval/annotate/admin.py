@@ -5,12 +5,11 @@ It names models. Who logs in with an annotator's token never gets it, and an adm
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
 
 from eval.annotate.export import as_text, file_name, preferences
-from eval.annotate.quality import report
 from eval.annotate.votes import standing_votes
 
 if TYPE_CHECKING:
@@ -23,7 +22,14 @@ def add_admin(app: FastAPI, annotation: Annotation) -> None:
     @app.get("/admin")
     async def page(request: Request) -> Response:
         person = await annotation.person(request, "admin")
-        found = await annotation.in_thread(lambda: report(annotation.database, annotation.study))
+
+        def results() -> dict[str, Any]:
+            # Brings scipy, which annotators' pages do without.
+            from eval.annotate.quality import report
+
+            return report(annotation.database, annotation.study)
+
+        found = await annotation.in_thread(results)
         form = annotation.form_token(request)
         return annotation.pages.render("admin.html", name=person["name"], form=form, report=found)
 

@@ -1,4 +1,4 @@
-"""The web application: pages for annotators. What admins see is in admin.py.
+"""The web application: pages for annotators. login.py and admin.py add theirs.
 
 Every answer to a vote comes after the commit (POST, then a redirect to the page of the next item). Handlers
 read the form, and leave the database to a few threads with a connection each.
@@ -7,7 +7,6 @@ read the form, and leave the database to a few threads with a connection each.
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +23,16 @@ from eval.annotate import votes
 from eval.annotate.database import Database, Row, UnavailableError
 from eval.annotate.pages import Pages
 from eval.annotate.security import Guard, Guesses, HttpError, Origins, check_form, form_token
-from eval.annotate.store import Study, find_by_token, sha256
+from eval.annotate.store import Study, sha256
 from eval.annotate.votes import Opinion, RefusedError
 
 THREADS = 4
-SESSION_SECONDS = 7 * 24 * 3600.0
 MAX_FIELDS = 64
-STATIC = {"annotate.css": "text/css; charset=utf-8", "annotate.js": "text/javascript; charset=utf-8"}
+STATIC = {
+    "annotate.css": "text/css; charset=utf-8",
+    "annotate.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
 T = TypeVar("T")
 Form = dict[str, str]
 
@@ -131,7 +133,7 @@ def read_form(body: bytes) -> Form:
 
 def make_app(annotation: Annotation) -> Guard:
     """The ASGI application."""
-    from eval.annotate import admin
+    from eval.annotate import admin, login
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -142,7 +144,7 @@ def make_app(annotation: Annotation) -> Guard:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app, annotation)
     _add_static(app)
-    _add_login(app, annotation)
+    login.add_login(app, annotation)
     _add_items(app, annotation)
     admin.add_admin(app, annotation)
     return Guard(app, annotation.origins)
@@ -185,66 +187,6 @@ def _add_static(app: FastAPI) -> None:
 
     for name, kind in STATIC.items():
         add(name, kind)
-
-
-def _add_login(app: FastAPI, annotation: Annotation) -> None:
-    @app.get("/login")
-    async def login_page(request: Request) -> Response:
-        visitor = request.cookies.get(annotation.visitor_cookie) or secrets.token_urlsafe(32)
-        response = annotation.pages.login(form_token(annotation.study, visitor))
-        annotation.set_cookie(response, annotation.visitor_cookie, visitor)
-        return response
-
-    @app.post("/login")
-    async def login(request: Request) -> Response:
-        fields = await annotation.form(request, annotation.visitor_cookie)
-        token = fields.get("token", "").strip()
-        address = request.client.host if request.client else ""
-
-        def find() -> Row | None:
-            with annotation.database.reading() as session:
-                return find_by_token(session, annotation.study, token)
-
-        person = await annotation.guesses.attempt(address, lambda: annotation.in_thread(find))
-        if person is None:
-            text = "This token is not valid. Ask for a new one where you got it."
-            return annotation.pages.login(fields["form"], text, 403)
-        # Never the cookie that came with the request: somebody else may have set that (session fixation).
-        made = secrets.token_urlsafe(32)
-        old = request.cookies.get(annotation.session_cookie, "")
-
-        def keep() -> None:
-            now = annotation.clock()
-            with annotation.database.writing() as session:
-                session.run(
-                    "DELETE FROM sessions WHERE sha256 = :old OR expires <= :now", old=sha256(old), now=now
-                )
-                session.run(
-                    "INSERT INTO sessions (sha256, annotator, expires) "
-                    "VALUES (:sha256, :annotator, :expires)",
-                    sha256=sha256(made),
-                    annotator=person["id"],
-                    expires=now + SESSION_SECONDS,
-                )
-
-        await annotation.in_thread(keep)
-        response = RedirectResponse("/admin" if person["role"] == "admin" else "/", 303)
-        annotation.set_cookie(response, annotation.session_cookie, made, SESSION_SECONDS)
-        return response
-
-    @app.post("/logout")
-    async def logout(request: Request) -> Response:
-        await annotation.form(request)
-        cookie = request.cookies.get(annotation.session_cookie, "")
-
-        def end() -> None:
-            with annotation.database.writing() as session:
-                session.run("DELETE FROM sessions WHERE sha256 = :sha256", sha256=sha256(cookie))
-
-        await annotation.in_thread(end)
-        response = RedirectResponse("/login", 303)
-        annotation.set_cookie(response, annotation.session_cookie, "", 0)
-        return response
 
 
 def _add_items(app: FastAPI, annotation: Annotation) -> None:

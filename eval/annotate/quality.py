@@ -161,14 +161,16 @@ def _disagreements(by_item: dict[str, list[Row]]) -> list[dict[str, Any]]:
     """Items on which annotators differ, the most divided first: by the largest share of one label."""
     found = []
     for name, votes in by_item.items():
-        labels = Counter(vote["preferred"] for vote in votes)
+        models = {"first": str(votes[0]["first_model"]), "second": str(votes[0]["second_model"])}
+        given = {vote["annotator"]: models.get(vote["preferred"], vote["preferred"]) for vote in votes}
+        labels = Counter(given.values())
         if len(labels) > 1:
             found.append(
                 {
                     "item": name,
                     "prompt": excerpt(votes[0]["prompt"][-1]["content"], 100),
                     "votes": dict(sorted(labels.items())),
-                    "annotators": {vote["annotator"]: vote["preferred"] for vote in votes},
+                    "annotators": given,
                     "comments": [vote["comment"] for vote in votes if vote["comment"]],
                     "largest_share": max(labels.values()) / len(votes),
                 }

@@ -1,4 +1,4 @@
-"""`posttrain annotate serve` as a process: kills without loss, and two annotators at once in headless Chromium."""
+"""`posttrain annotate serve` as a process: kills without loss, and two annotators at once in Chromium."""
 
 from __future__ import annotations
 

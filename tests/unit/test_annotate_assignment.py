@@ -13,6 +13,7 @@ from annotation_study import NOON, World, answers, make_world, write_rows
 from eval.annotate import assignment as assignments
 from eval.annotate import votes
 from eval.annotate.assignment import Task
+from eval.annotate.export import as_text, preferences
 from eval.annotate.store import open_study
 from eval.annotate.votes import Opinion, RefusedError
 
@@ -304,3 +305,29 @@ def test_concurrent_annotators_never_over_assign(make: Make) -> None:
 def test_a_study_is_found_again(make: Make) -> None:
     world = make(criteria=["helpful"])
     assert open_study(world.database) == world.study
+
+
+def test_both_databases_export_the_same_bytes(tmp_path: Path, postgres: str | None) -> None:
+    if postgres is None:
+        pytest.skip("PostgreSQL cannot be started here; apt-get install postgresql")
+    found = []
+    for number, url in enumerate((None, postgres)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        world = make_world(folder, url, overlap=3, criteria=["helpful"])
+        for name in ("ann", "bob", "carol"):
+            while (task := current(world, name)) is not None:
+                left = "ab"[task.answers[1].startswith("Left")]
+                choice = {"Question 1?": "tie", "Question 2?": "both_bad"}.get(
+                    task.prompt[0]["content"], left
+                )
+                vote(world, name, task, choice, Opinion({"helpful": left}, "NUL \0, \ud800"))
+        with world.database.reading() as session:
+            standing = votes.standing_votes(session, world.study)
+        found.append(as_text(preferences(standing).rows))
+        if url is not None:
+            with world.database.writing() as session:
+                session.run("DROP SCHEMA annotate CASCADE")
+        world.database.close()
+    assert found[0] == found[1]
+    assert found[0].count("\n") == 4

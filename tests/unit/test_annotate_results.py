@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from data_prep.dataset import read_split
 from eval.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha
 from eval.annotate import assignment as assignments
-from eval.annotate import exchange, votes
+from eval.annotate import exchange, returned, votes
 from eval.annotate.database import Database
 from eval.annotate.export import export, preferences
 from eval.annotate.quality import LABELS, report
@@ -123,6 +123,8 @@ def test_the_report_says_what_the_statistics_say(voted: World) -> None:
     (models,) = made["models"]
     assert (models["model"], models["wins"], models["ties"], models["losses"]) == (MODELS[0], 12, 3, 3)
     assert {row["item"] for row in made["disagreements"]} == {"q000", "q001", "q002", "q003"}
+    divided = {row["item"]: row["annotators"] for row in made["disagreements"]}
+    assert divided["q001"] == {"ann": MODELS[1], "bob": MODELS[0], "carol": MODELS[0]}
     assert made["progress"]["votes"] == 18
     text = as_text(made)
     assert "18 of 18 votes, 6 of 6 items complete" in text
@@ -163,7 +165,7 @@ def test_other_tools_give_back_what_they_got(voted: World, tmp_path: Path, tool:
     assert not any(model in text for model in MODELS)
     other = Database(str(tmp_path / "other.db"))
     study = create_study(other, voted.study.config, load_items(voted.study.config))
-    found, left_out = exchange.read(file, tool)
+    found, left_out = returned.read(file, tool)
     # The first answer of an item is drawn for each study.
     turned = {
         row["name"]
@@ -173,12 +175,12 @@ def test_other_tools_give_back_what_they_got(voted: World, tmp_path: Path, tool:
     swap = {"first": "second", "second": "first"}
     for number, vote in enumerate(found):
         if vote.item in turned:
-            found[number] = exchange.Returned(
+            found[number] = returned.Returned(
                 **{**vars(vote), "preferred": swap.get(vote.preferred, vote.preferred)}
             )
     count = len(standing(voted))
-    assert (exchange.add(other, study, found), left_out) == ({"added": count}, {})
-    assert exchange.add(other, study, found) == {"there_already": count}
+    assert (returned.add(other, study, found), left_out) == ({"added": count}, {})
+    assert returned.add(other, study, found) == {"there_already": count}
     names = {f"argilla-{id}": name for name, id in voted.ids.items()}
     again = preferences(votes_of(other))
     for row in again.rows:
@@ -243,13 +245,13 @@ def test_foreign_label_studio_rows_are_read(voted: World, tmp_path: Path) -> Non
     ]
     file = tmp_path / "foreign.json"
     file.write_text(json.dumps(rows))
-    (vote,), left_out = exchange.read(file, "label-studio")
+    (vote,), left_out = returned.read(file, "label-studio")
     assert (vote.item, vote.annotator, vote.preferred) == ("q001", "label-studio-10", "first")
     assert left_out == {"cancelled": 1}
-    assert exchange.add(voted.database, voted.study, [vote]) == {"over_overlap": 1}
-    stranger = exchange.Returned("nowhere", "x", "tie")
+    assert returned.add(voted.database, voted.study, [vote]) == {"over_overlap": 1}
+    stranger = returned.Returned("nowhere", "x", "tie")
     with pytest.raises(DataError, match="has no item 'nowhere'"):
-        exchange.add(voted.database, voted.study, [stranger])
+        returned.add(voted.database, voted.study, [stranger])
 
 
 def test_items_of_both_forms_and_of_several_models(tmp_path: Path) -> None:
