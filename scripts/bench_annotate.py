@@ -154,7 +154,10 @@ def measure(url: str, folder: Path, items: int, annotators: int, kills: int) -> 
     step = items * annotators // (kills + 1)
     for _ in range(kills):
         for _ in range(step):
-            voted.acquire()
+            while not voted.acquire(timeout=1.0):
+                if failed := next((person.error for person in people if person.error), None):
+                    server.stop()
+                    raise RuntimeError("an annotator gave up") from failed
         server.kill()
         server.start()
     for person in people:
