@@ -60,6 +60,8 @@ def test_data_files_ship(wheel):
         ("configs", "*.jinja"),
         ("posttrain/architectures", "*"),
         ("eval/templates", "*"),
+        ("eval/annotate/templates", "*"),
+        ("eval/annotate/static", "*"),
         ("serving/backends", "*.py"),
     ):
         expected = {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob(pattern) if p.is_file()}
