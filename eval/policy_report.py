@@ -15,8 +15,8 @@ from eval.statistics import (
     paired_difference,
     proportion_interval,
     t_interval,
-    win_rate,
 )
+from eval.win_rate import counted_win_rate, outcomes_of
 
 SCORE_BINS = 8
 """Quantile bins of the reward-model score in the over-optimisation view."""
@@ -82,7 +82,7 @@ def _alone(mine: Answers, comparison: Comparison) -> dict[str, Any]:
     for estimator, values in mine.kl.items():
         report[f"kl_{estimator}"] = bootstrap_interval(values, **how).as_dict()
     finished = [float(generation.finished) for generation in mine.generations]
-    report["eos_rate"] = proportion_interval(finished, **how).as_dict()
+    report["eos_rate"] = proportion_interval(finished, comparison.prompts, comparison.confidence).as_dict()
     lengths = [len(generation.ids) for generation in mine.generations]
     report["tokens"] = t_interval(lengths, comparison.confidence).as_dict()
     texts = [generation.text for generation in mine.generations]
@@ -96,9 +96,8 @@ def _against(name: str, answers: dict[str, Answers], comparison: Comparison) -> 
         return report
     theirs = answers[comparison.baseline].judges
     for judge, scores in answers[name].judges.items():
-        rate = win_rate(
-            scores, theirs[judge], tie_tolerance=comparison.tie_tolerance, **comparison.resampling
-        )
+        outcomes = outcomes_of(scores, theirs[judge], comparison.tie_tolerance)
+        rate = counted_win_rate(outcomes, comparison.prompts, comparison.confidence)
         report[f"{judge}_win_rate"] = rate.as_dict()
         report[f"{judge}_gain"] = paired_difference(scores, theirs[judge], **comparison.resampling).as_dict()
     return report

@@ -108,7 +108,7 @@ def judge_outcomes(margins: np.ndarray) -> np.ndarray:
 def judge_summary(margins: np.ndarray, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:
     """Accuracy with interval (equal scores half correct, and counted) and AUC of any judge's margins."""
     outcomes = judge_outcomes(margins)
-    accuracy = proportion_interval(outcomes, prompts, settings.confidence, settings.samples, settings.seed)
+    accuracy = proportion_interval(outcomes, prompts, settings.confidence)
     return {"accuracy": accuracy.as_dict(), "ties": int((margins == 0).sum()), "auc": pair_auc(margins)}
 
 
