@@ -246,6 +246,7 @@ _EXAMPLES = {
     "max_prompt_tokens=160 trainer.max_completion_length=64",
     "ppo": "my-ppo.yaml kl_coef=0.1",
     "eval": "models.sft=runs/tiny/sft-merged prompts=runs/tiny/prompts",
+    "judge": "'answers=[{run: runs/tiny/eval}]' 'judges={gold: {kind: gold}}'",
     "merge": "model=runs/tiny/sft",
     "export": "model=runs/tiny/sft-merged",
 }

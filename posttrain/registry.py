@@ -172,6 +172,13 @@ STAGES: dict[str, StageSpec] = {
             version=2,
         ),
         _spec(
+            "judge",
+            "eval.judging.config:JudgeConfig",
+            "eval.judging.stage:run",
+            "Compare answers pairwise, by a rubric, a reward model, a language model or people's votes.",
+            check="eval.judging.config:check",
+        ),
+        _spec(
             "merge",
             "train.merge_config:MergeConfig",
             "train.merge:run",

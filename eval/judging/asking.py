@@ -61,7 +61,7 @@ def price(config: EndpointJudge, prompt_tokens: float, completion_tokens: float)
 
 @dataclass
 class Asked:
-    """The outcome of `ask_all`. stopped: why it ended early, with `left` questions not asked or not answered."""
+    """The outcome of `ask_all`. stopped: why it ended early; left: questions not asked or not answered."""
 
     said: dict[str, Said]
     account: Account
@@ -88,13 +88,21 @@ class Asker:
         """The key of a question (see `Endpoint.request_hash`)."""
         return self._endpoint.request_hash(messages)
 
+    def price(self, prompt_tokens: float, completion_tokens: float) -> float | None:
+        """Cost of that many tokens, None without prices."""
+        return price(self.config, prompt_tokens, completion_tokens)
+
     def ask_all(
-        self, questions: Mapping[str, list[Message]], on_answer: Callable[[Account], Any] = lambda account: None
+        self,
+        questions: Mapping[str, list[Message]],
+        on_answer: Callable[[Account], Any] = lambda account: None,
     ) -> Asked:
-        """Ask everything, at most `concurrency` at a time. Raises UserError for a wrong key, model or address."""
+        """Ask everything, `concurrency` at a time. Raises UserError for a wrong key, model or address."""
         said: dict[str, Said] = {}
         waiting = iter(questions.items())
-        self._spent = sum(self._cost(reply) for messages in questions.values() for reply in self._stored(messages))
+        self._spent = sum(
+            self._cost(reply) for messages in questions.values() for reply in self._stored(messages)
+        )
         running: dict[Future[Said], str] = {}
         with PreemptionFlag() as flag, ThreadPoolExecutor(self.config.concurrency) as pool:
             try:
@@ -195,7 +203,7 @@ class Asker:
         return reply
 
     def _reserve(self, messages: list[Message]) -> float:
-        """Set aside the most that this request may cost. Raises StoppedError where the budget has not got it."""
+        """Set aside the most that this request may cost. Raises StoppedError where the budget lacks it."""
         most = price(self.config, 2 * estimated_tokens(messages), self.config.max_tokens)
         if self.config.max_cost is None or most is None:
             return 0.0

@@ -15,9 +15,11 @@ from posttrain.errors import Problem
 class AnswersSource(StrictModel):
     """Answers to judge: the samples of an eval run, or a file of JSON lines."""
 
-    run: RunRef | None = Field(None, description="Run directory of an `eval` stage; its samples.jsonl is read.")
+    run: RunRef | None = Field(
+        None, description="Run directory of an `eval` stage; its samples.jsonl is read."
+    )
     path: FileRef | None = Field(None, description="File of JSON lines with answers (docs/judging.md).")
-    model: str | None = Field(None, description="Name of the model whose answers `path` holds, if its rows do not say.")
+    model: str | None = Field(None, description="Model whose answers `path` holds, if its rows do not say.")
     names: dict[str, str] = Field(
         default_factory=dict, description="New names for models, to tell apart two of the same name."
     )
@@ -57,7 +59,8 @@ class EndpointJudge(StrictModel):
         None, description="Jinja file with the blocks `system` and `user`; default: the bundled one."
     )
     use_references: bool = Field(
-        True, description="Show the reference answer of a question that has one (bundled template `reference`)."
+        True,
+        description="Show the reference answer of a question that has one.",
     )
     temperature: float | None = Field(0.0, ge=0.0, description="Sampling temperature; null: do not send one.")
     seed: int | None = Field(None, description="Seed sent to the endpoint; null: do not send one.")
@@ -70,18 +73,24 @@ class EndpointJudge(StrictModel):
     timeout_s: float = Field(60.0, gt=0.0, description="Seconds until a request counts as failed.")
     attempts: int = Field(6, ge=1, description="Tries of one request before it is left as failed.")
     backoff_s: float = Field(
-        1.0, ge=0.0, description="First pause before a retry; it doubles each time, with jitter, up to max_wait_s."
+        1.0,
+        ge=0.0,
+        description="First pause before a retry; it doubles, with jitter, up to max_wait_s.",
     )
     max_wait_s: float = Field(
         120.0, ge=0.0, description="Longest pause; a Retry-After beyond it leaves the request as failed."
     )
     give_up_after: int = Field(
-        8, ge=1, description="Requests failed in a row after which the endpoint counts as down and the rest waits."
+        8,
+        ge=1,
+        description="Requests failed in a row after which the endpoint counts as down.",
     )
     price_input: float | None = Field(None, ge=0.0, description="Price of a million prompt tokens.")
     price_output: float | None = Field(None, ge=0.0, description="Price of a million reply tokens.")
     max_cost: float | None = Field(
-        None, ge=0.0, description="Budget of this judge, earlier attempts of this run included; needs both prices."
+        None,
+        ge=0.0,
+        description="Budget of this judge, replies already there included; needs both prices.",
     )
 
 
@@ -89,7 +98,7 @@ class VotesJudge(StrictModel):
     """People: a file of votes on pairs of answers, as `posttrain annotate` exports it."""
 
     kind: Literal["votes"]
-    path: FileRef = Field(description="File of JSON lines with model_a, model_b, choice and a prompt or its id.")
+    path: FileRef = Field(description="Lines of JSON with model_a, model_b, choice, and a prompt or its id.")
 
 
 Judge = Annotated[GoldJudge | RewardJudge | EndpointJudge | VotesJudge, Field(discriminator="kind")]
@@ -100,7 +109,8 @@ class JudgeConfig(StageConfig):
 
     answers: list[AnswersSource] = Field(min_length=1, description="Where the answers are.")
     questions: FileRef | None = Field(
-        None, description="Question file (MT-bench style, or prompts with ids) that the answers refer to by id."
+        None,
+        description="Questions (MT-bench style, or prompts with ids) that answers refer to by id.",
     )
     references: FileRef | None = Field(
         None, description="Reference answers by question id, in the MT-bench answer format."
@@ -115,19 +125,24 @@ class JudgeConfig(StageConfig):
     confidence: float = Field(0.95, gt=0.5, lt=1.0, description="Level of every interval.")
     bootstrap_samples: int = Field(1000, ge=100, description="Resamples behind every bootstrap interval.")
     margin: float = Field(
-        0.03, gt=0.0, lt=0.5, description="Distance from one half, as a share, that the power calculation is for."
+        0.03,
+        gt=0.0,
+        lt=0.5,
+        description="Distance from one half that the power calculation is for.",
     )
     power: float = Field(0.8, gt=0.5, lt=1.0, description="Power that the power calculation is for.")
     max_failed: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="Share of an endpoint's verdicts that may stay failed; above it the stage stops and can resume.",
+        description="Share of an endpoint's verdicts that may stay failed in a complete run.",
     )
     cache: str | None = Field(
         None, description="SQLite file of replies to share between runs; default: one in the run directory."
     )
-    dry_run: bool = Field(False, description="Ask nobody: estimate requests, tokens and cost of endpoint judges.")
+    dry_run: bool = Field(
+        False, description="Ask nobody: estimate requests, tokens and cost of endpoint judges."
+    )
 
 
 def check(config: JudgeConfig, where: str) -> list[Problem]:
@@ -140,7 +155,11 @@ def check(config: JudgeConfig, where: str) -> list[Problem]:
             )
         if source.run is not None and source.model is not None:
             problems.append(
-                Problem(f"{where}.answers.{i}.model", "is for `path`; a run names its models", "use `names` to rename")
+                Problem(
+                    f"{where}.answers.{i}.model",
+                    "is for `path`; a run names its models",
+                    "use `names` to rename",
+                )
             )
     if config.models is not None:
         if len(set(config.models)) < 2:
@@ -160,10 +179,16 @@ def _check_endpoint(judge: EndpointJudge, where: str, dry_run: bool) -> list[Pro
     problems = []
     url = urlsplit(judge.base_url)
     if url.scheme not in ("http", "https") or not url.hostname:
-        problems.append(Problem(f"{where}.base_url", "is not an http or https address", "e.g. http://localhost:8000/v1"))
+        problems.append(
+            Problem(f"{where}.base_url", "is not an http or https address", "e.g. http://localhost:8000/v1")
+        )
     if url.username or url.password or url.query:
         problems.append(
-            Problem(f"{where}.base_url", "holds credentials, which would be written to the run directory", "use key_env")
+            Problem(
+                f"{where}.base_url",
+                "holds credentials, which would be written to the run directory",
+                "use key_env",
+            )
         )
     if judge.key_env is not None and not dry_run and not os.environ.get(judge.key_env):
         problems.append(

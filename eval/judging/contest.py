@@ -6,21 +6,28 @@ Rows are told apart by their keys: lines of an eval run's samples.jsonl (`answer
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.judging.rows import (
+    PROMPT_KEYS,
+    Message,
+    choices_of,
+    first_of,
+    is_finished,
+    prompt,
+    prompt_key,
+    read_jsonl,
+    texts_of,
+)
 from eval.judging.templates import transcript
 from posttrain.errors import DataError
-from posttrain.hashing import hash_json
 
-Message = dict[str, str]
 ID_KEYS = ("id", "question_id")
-PROMPT_KEYS = ("prompt", "messages", "instruction", "question")
 ANSWER_KEYS = ("answer", "response", "output", "completion", "text")
 MODEL_KEYS = ("model", "model_id", "generator")
 
@@ -50,7 +57,7 @@ class Answer:
 
 @dataclass
 class Question:
-    """A prompt with the answers of some models. cluster: equal for turns of one dialogue and equal prompts."""
+    """A prompt with the answers of some models. cluster: equal for turns of a dialogue and equal prompts."""
 
     id: str
     messages: list[Message]
@@ -95,23 +102,25 @@ class Contest:
         return list(dict.fromkeys(name for question in self.questions.values() for name in question.answers))
 
     def add_questions(self, path: Path) -> None:
-        """Questions of a file: `turns` (MT-bench), or a prompt; with `reference` and `category` if they have them."""
+        """Questions of a file: `turns` (MT-bench) or a prompt, perhaps `reference` and `category`."""
         for line, row in read_jsonl(path):
             where = f"{path}:{line}"
-            identity = _first(row, ID_KEYS)
+            identity = first_of(row, ID_KEYS)
             if identity is None:
                 raise DataError(f"{where}: a question needs an `id` or a `question_id`")
             category = str(row.get("category", ""))
             if "turns" not in row:
-                question = self._question(str(identity), _prompt(row, where), where)
+                question = self._question(str(identity), prompt(row, where), where)
                 question.category = category
                 question.reference = row["reference"] if isinstance(row.get("reference"), str) else None
                 continue
-            turns = _texts(row["turns"], f"{where}: turns")
+            turns = texts_of(row["turns"], f"{where}: turns")
             self.turns[str(identity)] = turns
             references = row.get("reference")
             for k in range(len(turns)):
-                question = self._question(f"{identity}:{k + 1}", [{"role": "user", "content": turns[0]}], where, str(identity))
+                question = self._question(
+                    f"{identity}:{k + 1}", [{"role": "user", "content": turns[0]}], where, str(identity)
+                )
                 question.category = category
                 if isinstance(references, list) and k < len(references):
                     question.reference = str(references[k])
@@ -120,9 +129,11 @@ class Contest:
         """Reference answers by question id, in the MT-bench answer format or as {id, reference}."""
         for line, row in read_jsonl(path):
             where = f"{path}:{line}"
-            identity = str(_first(row, ID_KEYS))
-            texts = _choices(row, where) if "choices" in row else [str(row.get("reference", ""))]
-            names = [f"{identity}:{k + 1}" for k in range(len(texts))] if identity in self.turns else [identity]
+            identity = str(first_of(row, ID_KEYS))
+            texts = choices_of(row, where) if "choices" in row else [str(row.get("reference", ""))]
+            names = (
+                [f"{identity}:{k + 1}" for k in range(len(texts))] if identity in self.turns else [identity]
+            )
             for name, text in zip(names, texts, strict=False):
                 if name in self.questions:
                     self.questions[name].reference = text
@@ -134,17 +145,19 @@ class Contest:
             if isinstance(row.get("answers"), dict):
                 self._sample(row, names, where)
                 continue
-            model = _first(row, MODEL_KEYS) or default
+            model = first_of(row, MODEL_KEYS) or default
             if not isinstance(model, str):
-                raise DataError(f"{where}: does not say whose answer it is; set `model` of this entry of answers")
+                raise DataError(
+                    f"{where}: does not say whose answer it is; set `model` of this entry of answers"
+                )
             model = names.get(model, model)
             if "choices" in row:
-                self._dialogue(str(_first(row, ID_KEYS)), model, _choices(row, where), where)
+                self._dialogue(str(first_of(row, ID_KEYS)), model, choices_of(row, where), where)
                 continue
-            text = _first(row, ANSWER_KEYS)
+            text = first_of(row, ANSWER_KEYS)
             if not isinstance(text, str):
                 raise DataError(f"{where}: has no answer (looked for {', '.join(ANSWER_KEYS)})")
-            self._put(self._of(row, where), model, Answer((("assistant", text),), _finished(row)), where)
+            self._put(self._of(row, where), model, Answer((("assistant", text),), is_finished(row)), where)
 
     def _sample(self, row: dict[str, Any], names: Mapping[str, str], where: str) -> None:
         question = self._of(row, where)
@@ -155,7 +168,7 @@ class Contest:
             if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
                 raise DataError(f"{where}: answers.{name} has no `text`")
             text = (("assistant", answer["text"]),)
-            self._put(question, names.get(name, name), Answer(text, _finished(answer)), where)
+            self._put(question, names.get(name, name), Answer(text, is_finished(answer)), where)
 
     def _dialogue(self, identity: str, model: str, texts: list[str], where: str) -> None:
         turns = self.turns.get(identity)
@@ -171,20 +184,27 @@ class Contest:
 
     def _of(self, row: dict[str, Any], where: str) -> Question:
         """The question a row answers: by its prompt, its id, or both."""
-        identity = _first(row, ID_KEYS)
-        if _first(row, PROMPT_KEYS) is None:
+        identity = first_of(row, ID_KEYS)
+        if first_of(row, PROMPT_KEYS) is None:
             found = self.questions.get(str(identity))
             if found is None:
-                raise DataError(f"{where}: has neither a prompt nor the id of a known question (id: {identity})")
+                raise DataError(
+                    f"{where}: has neither a prompt nor the id of a known question (id: {identity})"
+                )
             return found
-        messages = _prompt(row, where)
-        return self._question(str(identity) if identity is not None else prompt_key(messages), messages, where)
+        messages = prompt(row, where)
+        return self._question(
+            str(identity) if identity is not None else prompt_key(messages), messages, where
+        )
 
     def _question(self, identity: str, messages: list[Message], where: str, cluster: str = "") -> Question:
-        found = self.questions.setdefault(identity, Question(identity, messages, cluster or prompt_key(messages)))
+        found = self.questions.setdefault(
+            identity, Question(identity, messages, cluster or prompt_key(messages))
+        )
         if found.messages != messages:
             raise DataError(
-                f"{where}: question {identity} has another prompt here than before, so its answers cannot be compared\n"
+                f"{where}: question {identity} has another prompt here than before, so answers to it cannot be "
+                "compared\n"
                 "    answers must be to the same prompts; give other prompts other ids"
             )
         return found
@@ -222,75 +242,3 @@ def matches(
         either = sum(first in q.answers or second in q.answers for q in questions)
         missing[f"{first} / {second}"] = either - len(both)
     return found, missing
-
-
-def read_jsonl(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    """(line number from 1, row) of a file of JSON lines, or of one JSON list (its entries numbered)."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    rows: Iterable[tuple[int, Any]]
-    try:
-        if text.lstrip().startswith("["):
-            rows = list(enumerate(json.loads(text), 1))
-        else:
-            rows = []
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append((number, json.loads(line)))
-    except json.JSONDecodeError as error:
-        line = error.lineno if text.lstrip().startswith("[") else number
-        raise DataError(f"{path}:{line}: is not valid JSON ({error.msg})") from None
-    if not rows:
-        raise DataError(f"{path}: holds no row")
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: is not a JSON object")
-    return rows
-
-
-def prompt_key(messages: Sequence[Message]) -> str:
-    """Equal for equal prompts."""
-    return hash_json([[message["role"], message["content"]] for message in messages])[:16]
-
-
-def prompt_of(row: dict[str, Any], where: str) -> list[Message] | None:
-    """The prompt of a row as messages, None where it has none."""
-    return None if _first(row, PROMPT_KEYS) is None else _prompt(row, where)
-
-
-def _prompt(row: dict[str, Any], where: str) -> list[Message]:
-    value = _first(row, PROMPT_KEYS)
-    if isinstance(value, str):
-        extra = row.get("input")
-        text = f"{value}\n\n{extra}" if "instruction" in row and isinstance(extra, str) and extra else value
-        return [{"role": "user", "content": text}]
-    if isinstance(value, list) and value and all(_is_message(item) for item in value):
-        return [{"role": item["role"], "content": item["content"]} for item in value]
-    raise DataError(f"{where}: its prompt is neither text nor a list of messages with role and content")
-
-
-def _is_message(item: Any) -> bool:
-    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
-
-
-def _choices(row: dict[str, Any], where: str) -> list[str]:
-    choices = row["choices"]
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        raise DataError(f"{where}: choices must be a list of objects with `turns`")
-    return _texts(choices[0].get("turns"), f"{where}: choices.0.turns")
-
-
-def _texts(value: Any, where: str) -> list[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise DataError(f"{where}: must be a list of texts")
-    return value
-
-
-def _finished(row: dict[str, Any]) -> bool:
-    return row.get("finished") is not False
-
-
-def _first(row: dict[str, Any], keys: Sequence[str]) -> Any:
-    return next((row[key] for key in keys if row.get(key) is not None), None)

@@ -1,6 +1,7 @@
 """One OpenAI-compatible chat endpoint: requests with retries that are counted and pauses that are kept.
 
-Retried: 429 (Retry-After honoured), 408, 409 and 5xx, timeouts, broken connections, bodies that are no chat completion.
+Retried: 429 (Retry-After honoured), 408, 409 and 5xx, timeouts, broken connections, bodies that are no chat
+completion.
 Not retried: what a second try cannot change, such as a wrong key (the stage stops) or a request the endpoint
 rejects (that request is counted as rejected).
 """
@@ -95,12 +96,25 @@ class Endpoint:
                 problem = f"{error.status_code} {self._redacted(error.message)}"
                 cause = str(error.status_code)
             except openai.APITimeoutError:
-                wait, problem, cause = self._pause(attempt), f"no reply in {self.config.timeout_s:g} s", "timeout"
+                wait, problem, cause = (
+                    self._pause(attempt),
+                    f"no reply in {self.config.timeout_s:g} s",
+                    "timeout",
+                )
             except openai.APIConnectionError as error:
                 detail = error.__cause__ or error
                 wait, problem, cause = self._pause(attempt), f"no connection ({detail})", "connection"
-            except (_MalformedError, openai.APIResponseValidationError, json.JSONDecodeError, httpx.DecodingError) as error:
-                wait, problem, cause = self._pause(attempt), f"malformed reply ({self._redacted(str(error))})", "malformed"
+            except (
+                _MalformedError,
+                openai.APIResponseValidationError,
+                json.JSONDecodeError,
+                httpx.DecodingError,
+            ) as error:
+                wait, problem, cause = (
+                    self._pause(attempt),
+                    f"malformed reply ({self._redacted(str(error))})",
+                    "malformed",
+                )
             if wait is None:
                 break
             if attempt + 1 < self.config.attempts:
@@ -124,18 +138,23 @@ class Endpoint:
         if not isinstance(content, (str, type(None))) or not isinstance(refusal, (str, type(None))):
             raise _MalformedError("the message's content is not text")
         usage = body.get("usage")
-        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")] if isinstance(usage, dict) else []
-        counted = len(counts) == 2 and all(type(count) is int and count >= 0 for count in counts)
+        counts = (
+            [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+            if isinstance(usage, dict)
+            else []
+        )
+        tokens = [count for count in counts if type(count) is int and count >= 0]
+        counted = len(tokens) == 2
         if not counted:
-            counts = [estimated_tokens(messages), tokens_of(content or "")]
+            tokens = [estimated_tokens(messages), tokens_of(content or "")]
         finish = choice.get("finish_reason")
         return Reply(
             str(body.get("model") or self.config.model),
             content or "",
             finish if isinstance(finish, str) else None,
             refusal,
-            counts[0],
-            counts[1],
+            tokens[0],
+            tokens[1],
             not counted,
             time.time(),
         )
@@ -146,7 +165,8 @@ class Endpoint:
         if status in _FATAL or error.code == "insufficient_quota":
             remedy = {401: "key_env", 403: "key_env", 404: "base_url and model"}.get(status, "the account")
             raise UserError(
-                f"{self.config.base_url}: {status} for model {self.config.model}: {self._redacted(error.message)}\n"
+                f"{self.config.base_url}: {status} for model {self.config.model}: "
+                f"{self._redacted(error.message)}\n"
                 f"    check {remedy}; replies so far are kept"
             ) from None
         if status not in _RETRIED and status < 500:
@@ -185,7 +205,7 @@ class _MalformedError(Exception):
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds asked for by a Retry-After header (RFC 9110, 10.2.3): a number or a date; None where unreadable."""
+    """Seconds that a Retry-After header asks for, a number or a date (RFC 9110, 10.2.3); None if unreadable."""
     if value is None:
         return None
     try:

@@ -34,7 +34,9 @@ class Parsed:
     problem: str | None = None
 
 
-def parse(text: str, method: Method, *, finish_reason: str | None = "stop", refusal: str | None = None) -> Parsed:
+def parse(
+    text: str, method: Method, *, finish_reason: str | None = "stop", refusal: str | None = None
+) -> Parsed:
     """Read one reply. A refusal and a filtered reply are told apart by `problem` == "refused"."""
     if refusal or finish_reason == "content_filter":
         return Parsed(None, problem="refused")
@@ -101,5 +103,5 @@ _SUSPICIOUS = re.compile(
 
 
 def speaks_to_the_judge(text: str) -> bool:
-    """Whether an answer holds what only a judge would be told: a verdict, or an order to ignore instructions."""
+    """Whether an answer holds what is meant for a judge: a verdict, or an order to ignore instructions."""
     return _SUSPICIOUS.search(text) is not None

@@ -44,13 +44,17 @@ class ReplyStore:
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=30.0, check_same_thread=False, isolation_level=None)
+            self._connection = sqlite3.connect(
+                path, timeout=30.0, check_same_thread=False, isolation_level=None
+            )
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute(_SCHEMA)
             self._connection.execute(f"SELECT request, {_COLUMNS} FROM replies LIMIT 0")
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"{path}: cannot keep replies ({error}); name another file, or remove this one") from None
+            raise UserError(
+                f"{path}: cannot keep replies ({error}); name another file, or remove this one"
+            ) from None
         path.chmod(0o600)
 
     def get(self, request: str) -> Reply | None:
@@ -58,7 +62,12 @@ class ReplyStore:
             row = self._connection.execute(
                 f"SELECT {_COLUMNS} FROM replies WHERE request = ?", (request,)
             ).fetchone()
-        return None if row is None else Reply(*row[:6], bool(row[6]), row[7])
+        if row is None:
+            return None
+        text, finish_reason, refusal, prompt_tokens, completion_tokens, estimated, at = row[1:]
+        return Reply(
+            row[0], text, finish_reason, refusal, prompt_tokens, completion_tokens, bool(estimated), at
+        )
 
     def put(self, request: str, reply: Reply) -> None:
         """Keep the reply; when it returns, the row is on the disk. The first reply to a request stays."""

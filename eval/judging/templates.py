@@ -26,20 +26,28 @@ REQUIRED: dict[str, frozenset[str]] = {
     "rating": frozenset({"conversation", "answer"}),
 }
 OPTIONAL = frozenset({"reference", "marker"})
-BUNDLED = {"pairwise": "judge_pairwise.jinja", "rating": "judge_rating.jinja", "reference": "judge_reference.jinja"}
+BUNDLED = {
+    "pairwise": "judge_pairwise.jinja",
+    "rating": "judge_rating.jinja",
+    "reference": "judge_reference.jinja",
+}
 
 REFORMAT = {
-    "pairwise": 'That could not be read. Reply with one JSON object and nothing else: {"winner": "A" or "B" or '
-    '"tie", "reason": "one sentence"}',
-    "rating": 'That could not be read. Reply with one JSON object and nothing else: {"rating": a number from 1 to '
-    '10, "reason": "one sentence"}',
+    "pairwise": "That could not be read. Reply with one JSON object and nothing else: "
+    '{"winner": "A" or "B" or "tie", "reason": "one sentence"}',
+    "rating": "That could not be read. Reply with one JSON object and nothing else: "
+    '{"rating": a number from 1 to 10, "reason": "one sentence"}',
 }
 """What a judge is told, once, after a reply without a verdict."""
 
 
 def _environment() -> SandboxedEnvironment:
     return SandboxedEnvironment(
-        loader=PackageLoader("eval"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+        loader=PackageLoader("eval"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
     )
 
 
@@ -57,7 +65,7 @@ def load_template(path: Path) -> Template:
 
 
 def template_problems(ref: str, method: Method, where: str) -> list[Problem]:
-    """What is wrong with a template file: unreadable, a block missing, names it does not get or does not use."""
+    """What is wrong with a template file: unreadable, a block missing, a name it does not get or use."""
     path = Path(ref).expanduser()
     if not path.is_file():
         return []  # inputs that are not there are reported by whoever resolves them
@@ -75,7 +83,13 @@ def template_problems(ref: str, method: Method, where: str) -> list[Problem]:
     ]
     known = REQUIRED[method] | OPTIONAL
     for name in sorted(named - known):
-        problems.append(Problem(where, f"{path} uses `{name}`, which it is not given", f"it is given {', '.join(sorted(known))}"))
+        problems.append(
+            Problem(
+                where,
+                f"{path} uses `{name}`, which it is not given",
+                f"it is given {', '.join(sorted(known))}",
+            )
+        )
     for name in sorted(REQUIRED[method] - named):
         problems.append(Problem(where, f"{path} never shows `{name}`", f"write {{{{ {name} }}}} in a block"))
     return problems
@@ -94,7 +108,9 @@ def transcript(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
 
 
-def render(template: Template, conversation: str, answers: Sequence[str], reference: str | None) -> list[Message]:
+def render(
+    template: Template, conversation: str, answers: Sequence[str], reference: str | None
+) -> list[Message]:
     """The messages of one request. answers: (A, B) for a comparison, one for a rating.
 
     Raises UserError when the template fails on these values.
