@@ -78,7 +78,7 @@ def _connected(table: np.ndarray) -> np.ndarray:
     reach = ((table > 0) | np.eye(size, dtype=bool)).astype(np.float64)
     for _ in range(max(1, int(np.ceil(np.log2(size))))):
         reach = np.minimum(reach @ reach, 1.0)
-    return (reach > 0).all(axis=(-1, -2))
+    return np.asarray((reach > 0).all(axis=(-1, -2)))
 
 
 def _climb(wins: np.ndarray, iterations: int) -> np.ndarray:
@@ -176,8 +176,8 @@ def elo(strength: Interval, base: float = 1000.0) -> Interval:
     """A strength in log-odds on the Elo scale: 400 points are odds of 10 to 1."""
     scale = float(ELO_PER_LOG_ODDS)
     error = None if strength.standard_error is None else strength.standard_error * scale
-    ends = (base + scale * end for end in (strength.value, strength.low, strength.high))
-    return Interval(*ends, strength.n, strength.method, error)
+    value, low, high = (base + scale * end for end in (strength.value, strength.low, strength.high))
+    return Interval(value, low, high, strength.n, strength.method, error)
 
 
 def _unit_tables(

@@ -169,7 +169,7 @@ STAGES: dict[str, StageSpec] = {
             "eval.stage:run",
             "Measure models side by side.",
             check="eval.config:check",
-            version=2,
+            version=3,
         ),
         _spec(
             "judge",

@@ -1,0 +1,1 @@
+"""Evaluation tasks whose verdict a program gives."""
