@@ -203,8 +203,8 @@ class Contest:
         )
         if found.messages != messages:
             raise DataError(
-                f"{where}: question {identity} has another prompt here than before, so answers to it cannot be "
-                "compared\n"
+                f"{where}: question {identity} has another prompt here than before, so its answers are "
+                "to different prompts\n"
                 "    answers must be to the same prompts; give other prompts other ids"
             )
         return found

@@ -205,7 +205,7 @@ class _MalformedError(Exception):
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, a number or a date (RFC 9110, 10.2.3); None if unreadable."""
+    """Seconds a Retry-After header asks for, a number or a date (RFC 9110, 10.2.3); None if unreadable."""
     if value is None:
         return None
     try:

@@ -17,7 +17,7 @@ TUNED_FOR = 200
 
 @dataclass(frozen=True)
 class Enough:
-    """Whether to stop collecting. low, high hold at every moment at once: looking after each vote is allowed."""
+    """Whether to stop collecting. low, high hold at every moment at once, so one may look at any time."""
 
     decided: bool
     low: float
@@ -34,8 +34,9 @@ def prompts_needed(
     """Prompts so that a win rate `margin` away from one half is found with probability `power`.
 
     ((z_(1 - alpha/2) + z_power) s / margin)^2 for a two-sided z-test, s the standard deviation per prompt
-    that these outcomes show: ties make it smaller, several judgements per prompt too. None for a single prompt or
-    where all outcomes are equal. With s = 1/2 (no ties), 3 points at 95 % and 80 % take 2,181 prompts.
+    that these outcomes show: ties make it smaller, several judgements per prompt too. None for a single
+    prompt or where all outcomes are equal. With s = 1/2 (no ties), 3 points at 95 % and
+    80 % take 2,181 prompts.
     """
     values = finite_array(outcomes)
     error = mean_standard_error(values, clusters)

@@ -19,7 +19,7 @@ def percent(interval: dict[str, Any] | None) -> str:
 
 def print_results(results: dict[str, Any], console: Console) -> None:
     """One table of pairs by judge, and a line per judge about the judge. Names are never markup."""
-    wide = console if console.is_terminal else Console(file=console.file, width=150)
+    wide = console if console.is_terminal else Console(file=console.file, width=150, quiet=console.quiet)
     table = Table(title=f"Win rates, % ({100 * results['confidence']:.0f} % intervals)", title_justify="left")
     for heading in ("judge", "model", "against"):
         table.add_column(heading)

@@ -180,7 +180,8 @@ def _why_incomplete(
         return [
             UserError(
                 f"judges.{name}.max_cost: {judge.max_cost:g} does not pay for the rest; {done} cost "
-                f"{spent:.4f}\n    what is judged is kept: raise max_cost, or lower num_prompts, and run it again"
+                f"{spent:.4f}\n"
+                "    what is judged is kept: raise max_cost or lower num_prompts, and run it again"
             )
         ]
     if asked.stopped == "sigterm":
