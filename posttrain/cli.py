@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posttrain import __version__, cli_data, cli_drift, cli_feedback, cli_gateway, cli_parity, cli_serve
+from posttrain import (
+    __version__,
+    cli_compare,
+    cli_data,
+    cli_drift,
+    cli_feedback,
+    cli_gateway,
+    cli_parity,
+    cli_serve,
+)
 from posttrain.cli_plan import add_plan
 from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
@@ -387,6 +396,7 @@ def report(
 add_plan(app, _reporting, _print_json)
 cli_data.register(app, _reporting, _print_json)
 cli_parity.register(app, _reporting)
+cli_compare.register(app, _reporting, _print_json)
 cli_gateway.register(app, _reporting)
 cli_feedback.register(app, _reporting)
 cli_drift.register(app, _reporting)

@@ -169,7 +169,7 @@ STAGES: dict[str, StageSpec] = {
             "eval.stage:run",
             "Measure models side by side.",
             check="eval.config:check",
-            version=3,
+            version=4,
         ),
         _spec(
             "judge",

@@ -26,12 +26,11 @@ def by_votes(path: Path, matches: Sequence[Match]) -> tuple[list[Judgement], dic
     A second vote of an annotator on the same comparison replaces the first. Raises DataError for a line that
     is no vote, and where no vote concerns any match.
     """
-    by_id = {match.key: match for match in matches}
+    by_id = {one.key: one for one in matches}
     by_prompt: dict[tuple[str, str, str], list[Match]] = {}
-    for match in matches:
-        by_prompt.setdefault((prompt_key(match.question.messages), match.first, match.second), []).append(
-            match
-        )
+    for one in matches:
+        key_of_prompt = (prompt_key(one.question.messages), one.first, one.second)
+        by_prompt.setdefault(key_of_prompt, []).append(one)
     counts: Counter[str] = Counter()
     found: dict[tuple[object, ...], Judgement] = {}
     for line, row in read_jsonl(path):
