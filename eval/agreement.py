@@ -15,6 +15,7 @@ from scipy import stats
 
 from eval.statistics.bootstrap import Statistic, bootstrap_limits
 from eval.statistics.intervals import Clusters, Interval, cluster_codes, mean_standard_error
+from eval.statistics.proportions import wilson_interval
 
 Weights = Literal["linear", "quadratic"]
 Level = Literal["nominal", "ordinal", "interval"]
@@ -64,7 +65,8 @@ def cohen_kappa(
     expected_change = (distance @ columns)[i] + (rows @ distance)[j] - 2 * expected
     influence = -(distance[i, j] - observed) / expected + observed * expected_change / expected**2
     name = "cohen" if weights is None else f"cohen-{weights}"
-    return _interval(1 - observed / expected, influence, clusters, confidence, name)
+    largest = float(distance.max()) / expected
+    return _interval(1 - observed / expected, influence, clusters, confidence, name, largest)
 
 
 def fleiss_kappa(
@@ -78,7 +80,7 @@ def fleiss_kappa(
         counts: how many annotators gave each label, shape (items, labels); every row sums to the same m >= 2.
         clusters: prompt of each item, shape (items,).
 
-    The standard error holds away from kappa = 0 too (Gwet 2021, eq. 10), unlike the one of Fleiss (1971).
+    The standard error holds away from kappa = 0 too (Gwet 2021), unlike the one of Fleiss (1971).
 
     Raises UndefinedAgreement when all labels are equal; ValueError when rows have different sums (items
     rated by different numbers of annotators: use `krippendorff_alpha`).
@@ -101,7 +103,8 @@ def fleiss_kappa(
     expected_change = 2 * (table @ shares / raters - expected)
     influence = (item_agreement - observed) / (1 - expected)
     influence -= (1 - observed) / (1 - expected) ** 2 * expected_change
-    return _interval((observed - expected) / (1 - expected), influence, clusters, confidence, "fleiss")
+    value = (observed - expected) / (1 - expected)
+    return _interval(value, influence, clusters, confidence, "fleiss", 1 / (1 - expected))
 
 
 def krippendorff_alpha(
@@ -138,8 +141,20 @@ def krippendorff_alpha(
     value = float(statistic(np.ones((1, units)))[0])
     if np.isnan(value):
         raise UndefinedAgreement
+    if value == 1.0:
+        falls = _largest_fall(table[~np.isnan(table)], level)
+        return _interval(value, np.zeros(len(table)), codes, confidence, f"krippendorff-{level}", falls)
     low, high, error = bootstrap_limits(statistic, units, confidence, samples, seed)
     return Interval(value, float(low), float(high), len(table), f"krippendorff-{level}", float(error))
+
+
+def _largest_fall(ratings: np.ndarray, level: Level) -> float:
+    """The largest distance between two ratings over the mean one that chance alone would give."""
+    if level == "nominal":
+        shares = np.unique(ratings, return_counts=True)[1] / ratings.size
+        return float(1 / ((1 - (shares**2).sum()) * ratings.size / (ratings.size - 1)))
+    on_scale = stats.rankdata(ratings) if level == "ordinal" else ratings
+    return float(np.ptp(on_scale) ** 2 / (2 * on_scale.var(ddof=1)))
 
 
 def _unit_sums(values: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -202,12 +217,26 @@ def _same_length(a: Sequence[Any], b: Sequence[Any]) -> tuple[np.ndarray, np.nda
 
 
 def _interval(
-    value: float, influence: np.ndarray, clusters: Clusters | None, confidence: float, method: str
+    value: float,
+    influence: np.ndarray,
+    clusters: Clusters | None,
+    confidence: float,
+    method: str,
+    largest: float,
 ) -> Interval:
-    """Kappa with Student's t interval; a single cluster has no standard error and a zero-width interval."""
+    """Kappa with Student's t interval for log(1 - kappa), which stays below 1 and holds near it.
+
+    `largest` is by how much kappa falls per item of full disagreement. Without any disagreement there is no
+    error to estimate: the lower limit then is kappa at the upper limit of Wilson's interval for 0 of G
+    disagreements, G the number of clusters. A single cluster has no standard error and a zero-width interval.
+    """
     error = mean_standard_error(influence, clusters)
+    groups = int(cluster_codes(clusters, influence.size).max()) + 1
+    if value == 1.0:
+        low = 1 - largest * wilson_interval(0, groups, confidence).high
+        return Interval(value, max(low, -1.0), value, influence.size, method, 0.0)
     if np.isnan(error):
         return Interval(value, value, value, influence.size, method)
-    groups = int(cluster_codes(clusters, influence.size).max()) + 1
-    half = float(stats.t.ppf(0.5 + confidence / 2, groups - 1)) * error
-    return Interval(value, max(value - half, -1.0), min(value + half, 1.0), influence.size, method, error)
+    factor = float(np.exp(stats.t.ppf(0.5 + confidence / 2, groups - 1) * error / (1 - value)))
+    low, high = max(1 - (1 - value) * factor, -1.0), 1 - (1 - value) / factor
+    return Interval(value, low, high, influence.size, method, error)

@@ -23,9 +23,10 @@ from typing import Any
 import joblib
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from sklearn.pipeline import Pipeline, make_pipeline
+
+from eval.classification import binary_report, multiclass_report
 
 VARIABLE = "POSTTRAIN_TOXICITY_MODEL"
 
@@ -42,12 +43,13 @@ def train(path: Path) -> tuple[Pipeline, dict[str, float]]:
         TfidfVectorizer(sublinear_tf=True, min_df=3, ngram_range=(1, 2)),
         LogisticRegression(C=10, class_weight="balanced", max_iter=1000),
     ).fit(fit_x, fit_y)
-    guesses, shares = tagger.predict(test_x), tagger.predict_proba(test_x)[:, 1]
+    verdicts = multiclass_report(test_y, tagger.predict(test_x))
+    shares = tagger.predict_proba(test_x)[:, 1]
     return tagger, {
         "rows": len(rows),
-        "accuracy": accuracy_score(test_y, guesses),
-        "f1_weighted": f1_score(test_y, guesses, average="weighted"),
-        "auc": roc_auc_score(test_y, shares),
+        "accuracy": verdicts["accuracy"],
+        "f1_weighted": verdicts["weighted_f1"],
+        "auc": binary_report(test_y, shares, threshold=0.5)["auc_roc"],
     }
 
 

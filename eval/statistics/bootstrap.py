@@ -2,7 +2,7 @@
 
 A resample is how often each unit was drawn, so a statistic over unit totals is a matrix product over all
 resamples at once. Intervals are bias-corrected and accelerated (Efron 1987) or percentile ones, their tail
-probabilities widened for few units as Hesterberg (2015, sec. 5.3) proposes: without it, n units give an
+probabilities widened for few units as Hesterberg (2015) proposes: without it, n units give an
 interval too short by sqrt((n - 1) / n) and by the difference between the normal and Student's t.
 """
 
@@ -87,7 +87,7 @@ def bootstrap_limits(
 
 
 def _bca_probabilities(drawn: np.ndarray, whole: np.ndarray, left_out: np.ndarray, z: float) -> np.ndarray:
-    """Tail probabilities (k, 2) of Efron 1987, eq. 6.8; the plain ones where the statistic does not vary."""
+    """Tail probabilities (k, 2) of Efron 1987; the plain ones where the statistic does not vary."""
     defined = np.maximum((~np.isnan(drawn)).sum(axis=0), 1)
     # Resamples equal to the whole but for rounding count half.
     rounding = 1e-10 * np.maximum(np.abs(whole), 1.0)

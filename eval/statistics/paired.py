@@ -50,7 +50,7 @@ def mcnemar(treatment: Values, control: Values, mid_p: bool = False) -> Signific
     """McNemar's (1947) exact test of two systems' right (1) and wrong (0) verdicts on the same items.
 
     Only items on which they differ count: under no difference each goes either way with probability 1/2.
-    `mid_p` counts the observed table half, which is less conservative (Fagerland et al. 2013, eq. 5). The
+    `mid_p` counts the observed table half, which is less conservative (Fagerland et al. 2013). The
     statistic is the smaller of the two counts.
     """
     difference = paired_differences(treatment, control)

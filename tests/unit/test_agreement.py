@@ -17,6 +17,7 @@ from eval.agreement import (
     krippendorff_alpha,
     percent_agreement,
 )
+from eval.statistics import wilson_interval
 
 NAN = float("nan")
 KRIPPENDORFF_2011 = np.array(
@@ -162,3 +163,30 @@ def test_impossible_tables_are_refused() -> None:
         krippendorff_alpha([[1, NAN], [NAN, 2]])
     with pytest.raises(ValueError, match="two labels per item"):
         cohen_kappa([1, 2], [1])
+
+
+def test_perfect_agreement_on_few_items_is_not_certainty() -> None:
+    # 0 disagreements of 10 may be up to Wilson's 0.2775; chance would give 1/2.
+    labels = [0, 1] * 5
+    expected = 1 - 2 * wilson_interval(0, 10).high
+    for found in (
+        cohen_kappa(labels, labels),
+        fleiss_kappa([[3, 0], [0, 3]] * 5),
+        krippendorff_alpha(np.stack([labels, labels], axis=1)),
+    ):
+        assert (found.value, found.high) == (1.0, 1.0)
+        assert found.low == pytest.approx(expected, abs=0.03)
+    ordinal, interval = (
+        krippendorff_alpha(np.stack([labels, labels], axis=1), level) for level in ("ordinal", "interval")
+    )
+    assert ordinal.low == pytest.approx(interval.low)
+    # Two prompts of five items each are two pieces of evidence.
+    assert cohen_kappa(labels, labels, clusters=[0] * 5 + [1] * 5).low < expected - 0.4
+
+
+def test_the_interval_stays_below_one() -> None:
+    labels = np.arange(40) % 2
+    other = labels.copy()
+    other[0] = 1 - other[0]
+    found = cohen_kappa(labels, other)
+    assert found.low < found.value - (found.high - found.value) < found.value < found.high < 1

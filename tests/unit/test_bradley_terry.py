@@ -25,7 +25,7 @@ def votes(
 
 
 def hunter(wins: np.ndarray, iterations: int = 20_000) -> np.ndarray:
-    """Minorise-maximise of Hunter (2004), eq. 3, written independently of the Newton steps."""
+    """Minorise-maximise of Hunter (2004), written independently of the Newton steps."""
     games, p = wins + wins.T, np.ones(len(wins))
     for _ in range(iterations):
         p = wins.sum(axis=1) / (games / (p[:, None] + p[None, :])).sum(axis=1)
