@@ -16,8 +16,9 @@ from eval.judging.contest import Match
 from eval.judging.length_control import length_controlled_win_rate
 from eval.judging.pairwise import Judgement
 from eval.judging.parsing import speaks_to_the_judge
-from eval.judging.planning import enough, prompts_needed
-from eval.statistics import correlation, proportion_interval
+from eval.statistics import correlation, mean_standard_error, proportion_interval
+from eval.statistics.power import prompts_for_win_rate
+from eval.statistics.sequential import decide
 from eval.win_rate import counted_win_rate
 
 FEWEST_IN_A_CATEGORY = 5
@@ -94,9 +95,25 @@ def pair_report(judgements: Sequence[Judgement], how: How) -> dict[str, Any]:
             if len(categories) > 1 and len(some) >= FEWEST_IN_A_CATEGORY
         },
         "prompts": len(set(clusters)),
-        "prompts_needed": prompts_needed(outcomes, clusters, how.margin, how.confidence, how.power),
-        "enough": enough(outcomes, clusters, how.confidence).as_dict(),
+        "prompts_needed": prompts_needed(outcomes, clusters, how),
+        "enough": decide(outcomes, clusters, margin=how.margin, confidence=how.confidence).as_dict(),
     }
+
+
+def prompts_needed(outcomes: np.ndarray, clusters: Sequence[str], how: How) -> int | None:
+    """Prompts that show a win rate `margin` off one half, with as many ties and judgements per prompt, as
+    alike, as here; None where there are too many ties for such a rate.
+    """
+    ties = float((outcomes == 0.5).mean())
+    if ties > 1 - 2 * how.margin:
+        return None
+    per_prompt = outcomes.size / len(set(clusters))
+    likeness = 0.0
+    if per_prompt > 1:
+        together, apart = mean_standard_error(outcomes, clusters), mean_standard_error(outcomes)
+        effect = (together / apart) ** 2 if apart > 0 and np.isfinite(together) else per_prompt
+        likeness = float(np.clip((effect - 1) / (per_prompt - 1), 0.0, 1.0))
+    return prompts_for_win_rate(how.margin, ties, per_prompt, likeness, how.power, 1 - how.confidence)
 
 
 def _table(decided: Sequence[Judgement], how: How, anchor: str | None) -> dict[str, Any]:

@@ -28,7 +28,8 @@ def print_results(results: dict[str, Any], console: Console) -> None:
         "win rate",
         "at equal length",
         "without outcome",
-        "prompts for margin",
+        "enough?",
+        "prompts needed",
     ):
         table.add_column(heading, justify="right")
     for name, judge in results["judges"].items():
@@ -46,6 +47,7 @@ def print_results(results: dict[str, Any], console: Console) -> None:
                 percent(rate),
                 percent(controlled) + flag,
                 str(sum(pair["without_outcome"].values())),
+                "-" if rate is None else pair["enough"]["verdict"],
                 "-" if needed is None else f"{needed:,}",
             ]
             table.add_row(*map(Text, cells))

@@ -23,7 +23,7 @@ def write_eval_run(
     first_id: int = 0,
     texts: dict[int, str] | None = None,
 ) -> Path:
-    """gold: scores of each model, one per prompt. Every second prompt is of source b; finished: gold > 0.5."""
+    """gold: scores by model, one per prompt. Every second prompt is of source b; finished: gold > 0.5."""
     run_dir.mkdir(parents=True)
     count = len(next(iter(gold.values())))
     lines = []
