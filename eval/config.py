@@ -30,6 +30,16 @@ class EvalConfig(StageConfig):
     preferences: DatasetRef | None = Field(
         None, description="Preference dataset whose eval split measures the reward model."
     )
+    ood_preferences: DatasetRef | None = Field(
+        None,
+        description="Preference dataset of another kind than the reward model was trained on; its eval split "
+        "shows how far accuracy and calibration carry over.",
+    )
+    subset_column: str | None = Field(
+        None,
+        description="Key in the meta of the pairs by which reward-model accuracy is broken down; default: "
+        "the source of each pair.",
+    )
     text: DatasetRef | None = Field(None, description="Text dataset whose eval split measures perplexity.")
     conversations: DatasetRef | None = Field(
         None, description="Conversation dataset whose eval split measures perplexity of the assistant tokens."
@@ -111,6 +121,10 @@ def check(config: EvalConfig, where: str) -> list[Problem]:
         problem("reward", "a reward model is given but nothing for it to score", "set preferences or prompts")
     if config.preferences is not None and config.reward is None:
         problem("preferences", "needs a reward model to measure", "set reward, or remove preferences")
+    beside = {"ood_preferences": config.ood_preferences, "subset_column": config.subset_column}
+    for field, value in beside.items():
+        if value is not None and config.preferences is None:
+            problem(field, "needs preferences to compare with", f"set preferences, or remove {field}")
     if config.gold is not None and config.prompts is None and config.preferences is None:
         problem("gold", "a rubric is named but there are no answers to score", "set prompts or preferences")
     pairwise = len(config.models) > 1 and config.prompts is not None and bool(config.gold or config.reward)

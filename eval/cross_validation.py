@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.dataset import read_split
-from eval.rm_report import Settings, baseline_margins, judge_outcomes, judge_summary
+from eval.rm_breakdown import judge_outcomes
+from eval.rm_report import Settings, baseline_margins, judge_summary
 from eval.statistics import paired_difference
 from posttrain.calibration import calibration_report, fit_temperature, out_of_fold_temperature
 

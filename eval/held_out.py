@@ -97,11 +97,17 @@ class Pairs:
     groups: list[str]
     gold_chosen: np.ndarray | None
     gold_rejected: np.ndarray | None
+    subsets: list[str]
     cut: int
 
 
-def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> Pairs:
-    """The whole eval split. Rows over `max_tokens` keep their end, where the answer is, and are counted."""
+def load_pairs(path: Path, tokenizer: Any, max_tokens: int, subset_column: str | None = None) -> Pairs:
+    """The whole eval split. Rows over `max_tokens` keep their end, where the answer is, and are counted.
+
+    `subsets` are the values of `subset_column` in the meta of each pair, or the sources without one.
+
+    Raises DataError when no pair has the column.
+    """
     rows = read_split(path, "eval", "preference").to_list()
     encoded: dict[str, list[list[int]]] = {"chosen": [], "rejected": []}
     cut = 0
@@ -128,8 +134,22 @@ def load_pairs(path: Path, tokenizer: Any, max_tokens: int) -> Pairs:
         [row["group"] for row in rows],
         gold("chosen"),
         gold("rejected"),
+        _subsets(path, rows, metas, subset_column),
         cut,
     )
+
+
+def _subsets(
+    path: Path, rows: list[dict[str, Any]], metas: list[dict[str, Any]], column: str | None
+) -> list[str]:
+    if column is None:
+        return [row["source"] for row in rows]
+    if not any(column in meta for meta in metas):
+        raise DataError(
+            f"{path}: no pair has `{column}` in its meta, which subset_column asks for\n"
+            f"    set `meta_columns: [{column}]` on its source in the curate stage, or remove subset_column"
+        )
+    return [str(meta.get(column, "(none)")) for meta in metas]
 
 
 def load_scored_rows(

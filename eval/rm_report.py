@@ -12,9 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from eval.rm_baselines import shorter_wins, tfidf_bradley_terry
-from eval.statistics import correlation, proportion_interval
+from eval.rm_breakdown import (
+    accuracy_by_confidence,
+    accuracy_by_subset,
+    classification,
+    judge_outcomes,
+    length_controlled_accuracy,
+)
+from eval.statistics import Interval, correlation, proportion_interval
 from posttrain.calibration import calibration_report, cross_fitted_temperature, fit_temperature, pair_auc
 
 HISTOGRAM_BINS = 24
@@ -24,7 +32,8 @@ HISTOGRAM_BINS = 24
 class PairScores:
     """Scores and texts of n pairs, chosen first as labelled; gold scores may be absent.
 
-    Intervals resample `prompts` (pairs on one prompt go together); cross-validation keeps `groups` apart.
+    Intervals take pairs on one of `prompts` as one piece of evidence; cross-validation keeps `groups` apart.
+    `subsets` names the part of the data of each pair.
     """
 
     chosen: np.ndarray
@@ -35,6 +44,7 @@ class PairScores:
     groups: Sequence[str]
     gold_chosen: np.ndarray | None = None
     gold_rejected: np.ndarray | None = None
+    subsets: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,12 +73,45 @@ def reward_report(pairs: PairScores, settings: Settings) -> dict[str, Any]:
         },
     }
     if pairs.gold_chosen is not None and pairs.gold_rejected is not None:
-        difference = pairs.gold_chosen - pairs.gold_rejected
-        winner = np.where(np.abs(difference) <= settings.tie_tolerance, 0.0, np.sign(difference))
+        winner = _gold_winner(pairs, settings)
         if (winner != 0).any():
             report["gold"] = _against(pairs, winner, settings)
             report["gold"]["label_noise"] = float((winner[winner != 0] < 0).mean())
     return report
+
+
+def out_of_distribution_report(pairs: PairScores, home: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """The report on pairs of another kind than the model was trained for, beside the one at `home`.
+
+    Adds `transferred` to `labels` and `gold`: the calibration at the temperature fitted at home, which is
+    what a user of these pairs would have; and `drop`, accuracy at home less accuracy here, with the interval
+    of two independent samples (standard errors added in squares, normal quantile).
+    """
+    report = reward_report(pairs, settings)
+    for against in ("labels", "gold"):
+        if report[against] is None or home[against] is None:
+            continue
+        winner = np.ones(len(pairs.chosen)) if against == "labels" else _gold_winner(pairs, settings)
+        margins = ((pairs.chosen - pairs.rejected) * winner)[winner != 0]
+        report[against]["transferred"] = calibration_report(
+            margins, home[against]["temperature"], settings.bins
+        )
+        report[against]["drop"] = _drop(home[against]["accuracy"], report[against]["accuracy"], settings)
+    return report
+
+
+def _drop(home: dict[str, Any], away: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    error = float(np.hypot(home["standard_error"] or 0.0, away["standard_error"] or 0.0))
+    half = float(stats.norm.ppf(0.5 + settings.confidence / 2)) * error
+    value = home["value"] - away["value"]
+    return Interval(value, value - half, value + half, away["n"], "normal", error).as_dict()
+
+
+def _gold_winner(pairs: PairScores, settings: Settings) -> np.ndarray:
+    """+1 where gold prefers the chosen answer, -1 the rejected one, 0 where it does not tell."""
+    assert pairs.gold_chosen is not None and pairs.gold_rejected is not None
+    difference = pairs.gold_chosen - pairs.gold_rejected
+    return np.where(np.abs(difference) <= settings.tie_tolerance, 0.0, np.sign(difference))
 
 
 def _against(pairs: PairScores, winner: np.ndarray, settings: Settings) -> dict[str, Any]:
@@ -80,11 +123,21 @@ def _against(pairs: PairScores, winner: np.ndarray, settings: Settings) -> dict[
     prompts = [pairs.prompts[i] for i in kept]
     better = [pairs.chosen_text[i] if winner[i] > 0 else pairs.rejected_text[i] for i in kept]
     worse = [pairs.rejected_text[i] if winner[i] > 0 else pairs.chosen_text[i] for i in kept]
+    scores = np.where(winner > 0, [pairs.chosen, pairs.rejected], [pairs.rejected, pairs.chosen])[:, kept]
+    longer = np.array([len(a) - len(b) for a, b in zip(better, worse, strict=True)], dtype=np.float64)
     crossed = cross_fitted_temperature(margins, groups, settings.seed)
     counts, edges = np.histogram(margins, bins=HISTOGRAM_BINS)
     return {
         **judge_summary(margins, prompts, settings),
         "pairs_without_winner": int(len(winner) - len(kept)),
+        "classification": classification(margins, scores[0], scores[1]),
+        "by_confidence": accuracy_by_confidence(margins, prompts, settings.confidence),
+        "by_subset": accuracy_by_subset(
+            margins, [pairs.subsets[i] for i in kept], prompts, settings.confidence
+        )
+        if pairs.subsets is not None
+        else {},
+        "length_controlled": length_controlled_accuracy(margins, longer, prompts, settings.confidence),
         "margin_mean": float(margins.mean()),
         "margin_std": float(margins.std()),
         "margin_histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
@@ -98,11 +151,6 @@ def _against(pairs: PairScores, winner: np.ndarray, settings: Settings) -> dict[
         if settings.baselines
         else {},
     }
-
-
-def judge_outcomes(margins: np.ndarray) -> np.ndarray:
-    """Whether each pair is judged right: 1, 0, or 0.5 where both answers score equally."""
-    return np.where(margins == 0, 0.5, (margins > 0).astype(np.float64))
 
 
 def judge_summary(margins: np.ndarray, prompts: Sequence[str], settings: Settings) -> dict[str, Any]:

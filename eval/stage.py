@@ -30,7 +30,7 @@ from eval.kl import response_logprobs, sequence_kl
 from eval.perplexity import perplexity
 from eval.policy_report import Answers
 from eval.results import build_results, samples_text, summary
-from eval.rm_report import PairScores, Settings, reward_report
+from eval.rm_report import PairScores, Settings, out_of_distribution_report, reward_report
 from posttrain.errors import UserError
 from posttrain.inputs import check_same_tokenizer
 from posttrain.models import load_causal_lm, load_reward_model, load_tokenizer, score_ids
@@ -224,22 +224,6 @@ def _reward(
     if config.preferences is None:
         return None
     longest = min(config.max_tokens, context_length(model) or config.max_tokens)
-    pairs = load_pairs(context.path("preferences"), tokenizer, longest)
-    with context.progress("reward model on pairs", 2 * len(pairs.chosen_ids)) as bar:
-        both = []
-        for rows in (pairs.chosen_ids, pairs.rejected_ids):
-            both.append(scores_of(rows))
-            bar.advance(len(rows))
-    scored = PairScores(
-        both[0],
-        both[1],
-        pairs.chosen_text,
-        pairs.rejected_text,
-        pairs.prompts,
-        pairs.groups,
-        pairs.gold_chosen,
-        pairs.gold_rejected,
-    )
     settings = Settings(
         config.confidence,
         config.bootstrap_samples,
@@ -248,5 +232,34 @@ def _reward(
         config.tie_tolerance,
         config.text_baselines,
     )
-    crossed = cross_validation(context.path("reward").parent, context.path("preferences"), settings)
-    return reward_report(scored, settings) | {"pairs_cut": pairs.cut, "cross_validation": crossed}
+
+    def scored_pairs(field: str) -> tuple[PairScores, int]:
+        pairs = load_pairs(context.path(field), tokenizer, longest, config.subset_column)
+        with context.progress(f"reward model on {field}", 2 * len(pairs.chosen_ids)) as bar:
+            both = []
+            for rows in (pairs.chosen_ids, pairs.rejected_ids):
+                both.append(scores_of(rows))
+                bar.advance(len(rows))
+        scored = PairScores(
+            both[0],
+            both[1],
+            pairs.chosen_text,
+            pairs.rejected_text,
+            pairs.prompts,
+            pairs.groups,
+            pairs.gold_chosen,
+            pairs.gold_rejected,
+            pairs.subsets,
+        )
+        return scored, pairs.cut
+
+    scored, cut = scored_pairs("preferences")
+    report = reward_report(scored, settings) | {"pairs_cut": cut, "out_of_distribution": None}
+    report["cross_validation"] = cross_validation(
+        context.path("reward").parent, context.path("preferences"), settings
+    )
+    if config.ood_preferences is not None:
+        away, cut = scored_pairs("ood_preferences")
+        found = out_of_distribution_report(away, report, settings)
+        report["out_of_distribution"] = found | {"pairs_cut": cut}
+    return report

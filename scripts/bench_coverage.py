@@ -4,8 +4,8 @@
 
 Each scenario draws 2,000 data sets (`--sets`), makes the interval of each by the functions that reports use,
 and counts how often it contains the truth. Then the sequential test is looked at after every vote while
-nothing differs. Writes the shares as JSON, prints a Markdown table, and exits 1 when a bar is missed: coverage
-from 93 to 97 %, at most 5 % false alarms under peeking.
+nothing differs. Writes the shares as JSON, prints a Markdown table, and exits 1 when a bar is missed:
+coverage from 93 to 97 %, at most 5 % false alarms under peeking.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from eval.config import EvalConfig
 from eval.generation import Generation
 from eval.policy_report import Answers
 from eval.results import build_results, summary
-from eval.rm_report import PairScores, Settings, reward_report
+from eval.rm_report import PairScores, Settings, out_of_distribution_report, reward_report
 
 PARENTS = {
     "corpus": [],
@@ -98,9 +99,14 @@ def evaluation(seed: int, prompts: int = 60) -> tuple[dict[str, Any], list[dict[
         np.where(rng.random(300) < 0.1, 0.2, 0.8),
         np.full(300, 0.5),
     )
+    settings = Settings(samples=200)
+    reward = reward_report(replace(pairs, subsets=["phone", "mail", "mail"] * 100), settings)
+    reward["out_of_distribution"] = out_of_distribution_report(
+        replace(pairs, chosen=-quality), reward, settings
+    )
     keys = [record.id for record in records]
     counts = {"available": prompts, "too_long": 0, "used": prompts}
-    results = build_results(CONFIG, answers, keys, counts, reward_report(pairs, Settings(samples=200)))
+    results = build_results(CONFIG, answers, keys, counts, reward)
     samples = []
     for i, record in enumerate(records):
         each = {

@@ -51,12 +51,26 @@ def other_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Pa
 
 
 @pytest.fixture(scope="module")
+def away_data(
+    tmp_path_factory: pytest.TempPathFactory, make_rows: Any, write_dataset: Callable[..., Path]
+) -> Path:
+    """Preference pairs the wrong way round, of three kinds, without gold."""
+    rows = [
+        row
+        | {"chosen": row["rejected"], "rejected": row["chosen"], "meta": json.dumps({"kind": f"k{i % 3}"})}
+        for i, row in enumerate(make_rows["preference"](12, 4))
+    ]
+    return write_dataset(tmp_path_factory.mktemp("data") / "away", "preference", rows, rows)
+
+
+@pytest.fixture(scope="module")
 def full_config(
     tiny_model_dir: Path,
     other_model_dir: Path,
     tiny_reward_dir: Path,
     gold_prompts: Path,
     preference_data: Path,
+    away_data: Path,
     text_data: Path,
     conversation_data: Path,
 ) -> dict[str, Any]:
@@ -66,6 +80,7 @@ def full_config(
         "reward": str(tiny_reward_dir),
         "prompts": str(gold_prompts),
         "preferences": str(preference_data),
+        "ood_preferences": str(away_data),
         "text": str(text_data),
         "conversations": str(conversation_data),
         "gold": "support_desk",
@@ -159,6 +174,26 @@ def test_reward_accuracy_equals_scoring_pair_by_pair(
     report = read(full_run)[0]["reward_model"]
     assert report["gold"]["accuracy"]["value"] == pytest.approx(sum(right) / len(right))
     assert report["gold"]["label_noise"] == 0.0
+
+
+def test_pairs_of_another_kind_stand_beside_those_of_home(full_run: Path) -> None:
+    report = read(full_run)[0]["reward_model"]
+    away = report["out_of_distribution"]
+    assert (report["pairs"], away["pairs"], away["gold"]) == (16, 12, None)
+    home = report["labels"]["accuracy"]["value"]
+    assert away["labels"]["drop"]["value"] == pytest.approx(home - away["labels"]["accuracy"]["value"])
+    assert away["labels"]["transferred"]["temperature"] == report["labels"]["temperature"]
+
+
+def test_accuracy_by_a_column_of_the_meta(
+    full_config: dict[str, Any], away_data: Path, tmp_path: Path
+) -> None:
+    config = {"reward": full_config["reward"], "preferences": str(away_data), "subset_column": "kind"}
+    execute_stage("eval", EvalConfig(**config), tmp_path / "eval")
+    subsets = read(tmp_path / "eval")[0]["reward_model"]["labels"]["by_subset"]
+    assert {name: part["n"] for name, part in subsets.items()} == {"k0": 4, "k1": 4, "k2": 4}
+    with pytest.raises(DataError, match=r"no pair has `topic`.*\n.*meta_columns: \[topic\]"):
+        execute_stage("eval", EvalConfig(**config | {"subset_column": "topic"}), tmp_path / "other")
 
 
 def test_the_summary_is_the_headline_of_eval_json(full_run: Path) -> None:

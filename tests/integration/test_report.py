@@ -209,6 +209,28 @@ def test_an_evaluation_of_the_reward_model_alone(copy: Path) -> None:
     assert re.findall(r'<h2 id="(\w+)"', rendered(copy))[0] == "reward"
 
 
+def test_the_reward_model_in_parts(copy: Path) -> None:
+    path = copy / "eval/eval.json"
+    results = json.loads(path.read_text(encoding="utf-8"))
+    reward = results["reward_model"]
+    page = rendered(copy)
+    row = re.search(r'<th scope="row">pairs</th>(.*?)</tr>', page, flags=re.DOTALL)
+    pairs = reward["gold"]["classification"]["pairs"]
+    assert row is not None and f"{pairs['precision']:.3f}" in row.group(1)
+    assert f"{pairs['confusion']['tp']:g}" in row.group(1)
+    for title in ("surest 25 %", '<th scope="row">mail</th>', "Out of distribution: 300 pairs"):
+        assert title in page
+    assert f"{reward['out_of_distribution']['gold']['transferred']['ece']:.3f}" in page
+    # An evaluation written before these numbers existed still has its page.
+    for against in ("gold", "labels"):
+        for name in ("classification", "by_confidence", "by_subset", "length_controlled"):
+            del reward[against][name]
+    del reward["out_of_distribution"]
+    path.write_text(json.dumps(results), encoding="utf-8")
+    older = rendered(copy)
+    assert "Reliability of the reward model" in older and "surest" not in older
+
+
 def test_several_seeds_get_a_table_and_thin_lines(tmp_path: Path) -> None:
     runs = [write_pipeline(tmp_path / f"seed-{seed}", seed) for seed in range(3)]
     page = rendered(*runs)

@@ -58,6 +58,8 @@ def test_the_first_model_is_the_default_baseline() -> None:
         ({"prompts": None}, "prompts", "no data to measure them on"),
         ({"reward": None}, "preferences", "needs a reward model"),
         ({"preferences": None}, "min_rm_accuracy", "never be measured"),
+        ({"preferences": None, "ood_preferences": "runs/t/away"}, "ood_preferences", "needs preferences"),
+        ({"preferences": None, "subset_column": "topic"}, "subset_column", "needs preferences"),
         ({"gold": None, "reward": None, "preferences": None}, "min_win_rate", "never be measured"),
         ({"models": {"sft": "runs/t/sft"}}, "require_gain", "never be measured"),
         ({"kl_target": {"pop": 3.0}}, "kl_target.pop", "not a name in models"),

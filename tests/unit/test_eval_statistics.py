@@ -20,7 +20,7 @@ from eval.statistics import (
     t_interval,
     wilson_interval,
 )
-from eval.statistics.bootstrap import mean_statistic
+from eval.statistics.bootstrap import JACKKNIFE_GROUPS, jackknife, mean_statistic
 from eval.win_rate import counted_win_rate, outcomes_of, win_rate
 
 
@@ -114,6 +114,17 @@ def test_limits_equal_scipy_for_both_methods() -> None:
         )
         assert (low, high) == pytest.approx(tuple(oracle.confidence_interval), abs=1e-9)
         assert error == pytest.approx(oracle.standard_error, abs=1e-9)
+
+
+def test_many_units_are_left_out_in_groups() -> None:
+    values = np.random.default_rng(5).exponential(size=2500) ** 2
+    oracle = stats.bootstrap(
+        (values,), np.mean, n_resamples=999, method="BCa", rng=np.random.default_rng(7)
+    ).confidence_interval
+    percentile = bootstrap_limits(*mean_statistic(values), samples=999, seed=7, method="percentile")
+    low, high, _ = bootstrap_limits(*mean_statistic(values), samples=999, seed=7, widen=False)
+    assert len(jackknife(*mean_statistic(values))) == JACKKNIFE_GROUPS
+    assert (low, high) == pytest.approx(tuple(oracle), abs=0.1 * abs(oracle.high - percentile[1]) + 0.002)
 
 
 def test_cluster_limits_equal_scipys_of_the_ratio_of_sums() -> None:
