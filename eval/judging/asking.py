@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eval.judging.config import EndpointJudge
-from eval.judging.endpoint import Endpoint, RejectedError, StoppedError, UnansweredError, estimated_tokens
 from eval.judging.parsing import parse
 from eval.judging.replies import Reply, ReplyStore
+from eval.judging.request import RejectedError, StoppedError, UnansweredError, estimated_tokens
 from eval.judging.templates import REFORMAT, Message
 from posttrain.preemption import PreemptionFlag
 
@@ -74,6 +74,8 @@ class Asker:
     """Asks one judge. What the replies in the store cost counts against its budget."""
 
     def __init__(self, config: EndpointJudge, key: str | None, store: ReplyStore) -> None:
+        from eval.judging.endpoint import Endpoint  # needs the extra `judge`, other judges do not
+
         self.config = config
         self.store = store
         self.account = Account()

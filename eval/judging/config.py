@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -177,6 +178,9 @@ def _check_endpoint(judge: EndpointJudge, where: str, dry_run: bool) -> list[Pro
     from eval.judging.templates import template_problems
 
     problems = []
+    if find_spec("openai") is None:
+        remedy = "pip install 'posttrain[judge]'"
+        problems.append(Problem(f"{where}.kind", "endpoints need the package openai", remedy, here=True))
     url = urlsplit(judge.base_url)
     if url.scheme not in ("http", "https") or not url.hostname:
         problems.append(

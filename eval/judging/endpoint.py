@@ -21,27 +21,14 @@ import openai
 
 from eval.judging.config import EndpointJudge
 from eval.judging.replies import Reply
+from eval.judging.request import RejectedError, StoppedError, UnansweredError, estimated_tokens, tokens_of
 from eval.judging.templates import Message
 from posttrain.errors import UserError
 from posttrain.hashing import hash_json
 
-CHARACTERS_PER_TOKEN = 4.0
-"""Used where the endpoint counts no tokens, and in estimates; English under common tokenizers."""
 _FATAL = (401, 403, 404)
 _RETRIED = (408, 409, 429)
 _NO_KEY = "none"
-
-
-class UnansweredError(Exception):
-    """A request without a reply after all its tries. Asked again when the stage runs again."""
-
-
-class RejectedError(Exception):
-    """A request the endpoint does not take (400, 413, 422): too long, most often."""
-
-
-class StoppedError(Exception):
-    """The stage was asked to stop while a request waited for its next try."""
 
 
 class Endpoint:
@@ -216,13 +203,3 @@ def retry_after(value: str | None) -> float | None:
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except ValueError:
         return None
-
-
-def tokens_of(text: str) -> int:
-    """Tokens in a text, estimated from its characters."""
-    return round(len(text) / CHARACTERS_PER_TOKEN)
-
-
-def estimated_tokens(messages: list[Message]) -> int:
-    """Tokens of a request, estimated, with four for the frame of each message."""
-    return sum(tokens_of(message["content"]) + 4 for message in messages)

@@ -17,7 +17,7 @@ from jinja2 import Template
 from eval.judging.asking import STATUSES, Account, Asked, Asker, Said, Status
 from eval.judging.config import EndpointJudge
 from eval.judging.contest import Match, Question
-from eval.judging.endpoint import estimated_tokens
+from eval.judging.request import estimated_tokens
 from eval.judging.templates import Message, bundled, load_template, render
 
 IDENTICAL = "the answers are the same text"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -200,3 +202,9 @@ def test_alpaca_eval_official_rates_are_closer_at_equal_length(tmp_path: Path) -
     assert found["raw"]["mae"] > 4.5
     assert found["no penalty"]["mae"] > found["raw"]["mae"]
     assert found["ours, penalty chosen without the model"]["mae"] < 1.2
+
+
+def test_judges_that_ask_nobody_need_no_client() -> None:
+    """openai is an extra: the stage imports without it."""
+    code = "import sys; sys.modules['openai'] = None; import eval.judging.stage, eval.judging.scored"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
