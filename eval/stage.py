@@ -233,8 +233,8 @@ def _reward(
         config.text_baselines,
     )
 
-    def scored_pairs(field: str) -> tuple[PairScores, int]:
-        pairs = load_pairs(context.path(field), tokenizer, longest, config.subset_column)
+    def scored_pairs(field: str, subset_column: str | None) -> tuple[PairScores, int]:
+        pairs = load_pairs(context.path(field), tokenizer, longest, subset_column)
         with context.progress(f"reward model on {field}", 2 * len(pairs.chosen_ids)) as bar:
             both = []
             for rows in (pairs.chosen_ids, pairs.rejected_ids):
@@ -253,13 +253,13 @@ def _reward(
         )
         return scored, pairs.cut
 
-    scored, cut = scored_pairs("preferences")
+    scored, cut = scored_pairs("preferences", config.subset_column)
     report = reward_report(scored, settings) | {"pairs_cut": cut, "out_of_distribution": None}
     report["cross_validation"] = cross_validation(
         context.path("reward").parent, context.path("preferences"), settings
     )
     if config.ood_preferences is not None:
-        away, cut = scored_pairs("ood_preferences")
+        away, cut = scored_pairs("ood_preferences", None)
         found = out_of_distribution_report(away, report, settings)
         report["out_of_distribution"] = found | {"pairs_cut": cut}
     return report
