@@ -37,8 +37,8 @@ class EvalConfig(StageConfig):
     )
     subset_column: str | None = Field(
         None,
-        description="Key in the meta of `preferences` by which reward-model accuracy is broken down; default: "
-        "the source of each pair (as always for ood_preferences).",
+        description="Key in the meta of `preferences` by which reward-model accuracy is broken down; "
+        "default: the source of each pair (as always for ood_preferences).",
     )
     text: DatasetRef | None = Field(None, description="Text dataset whose eval split measures perplexity.")
     conversations: DatasetRef | None = Field(
