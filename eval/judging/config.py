@@ -96,7 +96,7 @@ class EndpointJudge(StrictModel):
 
 
 class VotesJudge(StrictModel):
-    """People: a file of votes on pairs of answers, as `posttrain annotate` exports it."""
+    """People: a file of single votes on pairs of answers."""
 
     kind: Literal["votes"]
     path: FileRef = Field(description="Lines of JSON with model_a, model_b, choice, and a prompt or its id.")
