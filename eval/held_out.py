@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ GoldScorer = Callable[[str, Mapping[str, Any], bool], Any]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out prompt, its tokens, and the facts a rubric needs (empty where there are none)."""
+    """A held-out prompt, its tokens, its source and meta, and the facts a rubric needs (empty: none)."""
 
     id: str
     messages: list[Message]
     ids: list[int]
     facts: dict[str, Any]
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -67,13 +69,14 @@ def load_prompts(
         if len(ids) > max_tokens:
             too_long += 1
             continue
-        facts = json.loads(rows[i]["meta"] or "{}").get("facts", {})
+        meta = json.loads(rows[i]["meta"] or "{}")
+        facts = meta.get("facts", {})
         if needs_facts and not facts:
             raise DataError(
                 f"{path}: prompt {rows[i]['id']} has no `facts` in its meta, which the gold rubric needs; "
                 "remove `gold`, or use prompts of the generator it belongs to"
             )
-        prompts[i] = Prompt(rows[i]["id"], rows[i]["prompt"], ids, facts)
+        prompts[i] = Prompt(rows[i]["id"], rows[i]["prompt"], ids, facts, rows[i]["source"], meta)
     if not prompts:
         raise DataError(
             f"{path}: all {len(rows)} eval prompts are longer than max_prompt_tokens {max_tokens}"

@@ -53,7 +53,13 @@ def samples_text(prompts: Sequence[Prompt], answers: dict[str, Answers]) -> str:
     """samples.jsonl: one line per prompt, the answers of every model with their scores."""
     lines = []
     for i, prompt in enumerate(prompts):
-        row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.messages, "answers": {}}
+        row: dict[str, Any] = {
+            "id": prompt.id,
+            "source": prompt.source,
+            "meta": prompt.meta,
+            "prompt": prompt.messages,
+            "answers": {},
+        }
         for name, mine in answers.items():
             answer = mine.generations[i]
             row["answers"][name] = {

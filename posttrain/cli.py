@@ -20,6 +20,7 @@ import typer
 from posttrain import (
     __version__,
     cli_annotate,
+    cli_compare,
     cli_data,
     cli_drift,
     cli_feedback,
@@ -257,6 +258,7 @@ _EXAMPLES = {
     "synthesize": "kind=preference model=runs/tiny/sft-merged data=runs/tiny/prompts reward=runs/tiny/reward "
     "max_prompt_tokens=160 max_new_tokens=64",
     "eval": "models.sft=runs/tiny/sft-merged prompts=runs/tiny/prompts",
+    "judge": "'answers=[{run: runs/tiny/eval}]' 'judges={gold: {kind: gold}}'",
     "merge": "model=runs/tiny/sft",
     "export": "model=runs/tiny/sft-merged",
 }
@@ -397,6 +399,7 @@ def report(
 add_plan(app, _reporting, _print_json)
 cli_data.register(app, _reporting, _print_json)
 cli_parity.register(app, _reporting)
+cli_compare.register(app, _reporting, _print_json)
 cli_gateway.register(app, _reporting)
 cli_feedback.register(app, _reporting)
 cli_drift.register(app, _reporting)

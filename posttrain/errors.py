@@ -1,8 +1,8 @@
 """The errors that reach the user, each with the exit code that the command line returns for it.
 
 0 done, 1 the machine or the program failed, 2 something the user can correct, 3 drift found (an answer of
-`posttrain drift`, not an error), 75 stopped by SIGTERM with its work saved (EX_TEMPFAIL of sysexits.h: run
-the same command again), 130 interrupted.
+`posttrain drift`, not an error), 75 stopped by SIGTERM, or by a service that is away, with its work saved
+(EX_TEMPFAIL of sysexits.h: run the same command again), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class StageFailedError(PosttrainError):
 
 
 class RequeueError(PosttrainError):
-    """A stage saved its work and stopped because SIGTERM asked it to; nothing failed.
+    """A stage saved its work and stopped because SIGTERM asked it to, or a service it needs is away.
 
-    place: how far it came, "update 12 of 64".
+    place: how far it came, "update 12 of 64". why: what stopped it.
     """
 
     exit_code = 75
 
-    def __init__(self, place: str):
+    def __init__(self, place: str, why: str = "after SIGTERM"):
         self.place = place
         super().__init__(
-            f"stopped at {place} after SIGTERM, with the work up to there saved\n"
+            f"stopped at {place} {why}, with the work up to there saved\n"
             "    the same command resumes from there (exit code 75 asks a scheduler to run it again)"
         )
 

@@ -177,7 +177,14 @@ STAGES: dict[str, StageSpec] = {
             "eval.stage:run",
             "Measure models side by side.",
             check="eval.config:check",
-            version=3,
+            version=4,
+        ),
+        _spec(
+            "judge",
+            "eval.judging.config:JudgeConfig",
+            "eval.judging.stage:run",
+            "Compare answers pairwise, by a rubric, a reward model, a language model or people's votes.",
+            check="eval.judging.config:check",
         ),
         _spec(
             "merge",

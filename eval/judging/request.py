@@ -1,0 +1,30 @@
+"""What can be said of a request without sending it: its size. And the ways in which it can fail."""
+
+from __future__ import annotations
+
+from eval.judging.templates import Message
+
+CHARACTERS_PER_TOKEN = 4.0
+"""Used where the endpoint counts no tokens, and in estimates; English under common tokenizers."""
+
+
+class UnansweredError(Exception):
+    """A request without a reply after all its tries. Asked again when the stage runs again."""
+
+
+class RejectedError(Exception):
+    """A request the endpoint does not take (400, 413, 422): too long, most often."""
+
+
+class StoppedError(Exception):
+    """The stage was asked to stop while a request waited for its next try."""
+
+
+def tokens_of(text: str) -> int:
+    """Tokens in a text, estimated from its characters."""
+    return round(len(text) / CHARACTERS_PER_TOKEN)
+
+
+def estimated_tokens(messages: list[Message]) -> int:
+    """Tokens of a request, estimated, with four for the frame of each message."""
+    return sum(tokens_of(message["content"]) + 4 for message in messages)
