@@ -34,6 +34,7 @@ from data_prep.page import report_html, sample_places
 from data_prep.sharded import reading
 from data_prep.sharded.driver import Curated, Driver
 from data_prep.sharded.engines import make_engine
+from data_prep.sharded.memory import release_memory
 from data_prep.sharded.output import content_hash, join_lines, move, samples, write_side
 from data_prep.sharded.plan import FORMAT, READ, Setup, Sizes
 from data_prep.sharded.store import NAME, Store
@@ -69,6 +70,7 @@ def run(config: CurateConfig, context: StageContext, sizes: Sizes | None = None)
             )
             check_left(config, curated.sources, sum(curated.rows.values()), curated.dropped().drops)
             check_split(config, curated.rows, curated.groups)
+            release_memory()
             with context.phase("write"):
                 info = describe(config, curated, store)
                 write_directory(context.run_dir, config, info, curated, store)

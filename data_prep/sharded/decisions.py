@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from data_prep.operations.base import CorpusOperation
 from data_prep.operations.near_duplicates import Duplicates
 from data_prep.sharded.ids import give_ids, write_taken
+from data_prep.sharded.memory import release_memory
 from data_prep.sharded.plan import READ
 from data_prep.sharded.store import FileViews, Store, read_json, write_json, write_table
 
@@ -62,7 +63,9 @@ def _once(store: Store, segment: int, decide: Any) -> Decision:
     """The decision of an earlier attempt, or made now."""
     file = store.segment(segment) / "decided.json"
     if not file.exists():
+        release_memory()
         write_json(file, vars(decide()))
+        release_memory()
     return Decision(**read_json(file))
 
 
