@@ -1,4 +1,4 @@
-"""Curation at 10,000, 100,000 and 1,000,000 records: seconds a row, memory, equal results of N processes.
+"""Curation at 10,000 to 1,000,000 records: seconds a row, memory, equal results of N processes and of Ray.
 
     python scripts/bench_curate.py ../shared/data --output docs/benchmarks/curate.json
 
@@ -98,7 +98,7 @@ def write_parts(folder: Path, source: Path, count: int) -> None:
                 stream.write(json.dumps(next(found), ensure_ascii=False) + "\n")
 
 
-def curate(folder: Path, out: Path, workers: int) -> dict[str, Any]:
+def curate(folder: Path, out: Path, engine: str, workers: int) -> dict[str, Any]:
     """Run the stage in this process: its metrics and timings."""
     from data_prep.config import CurateConfig
     from posttrain.stage import execute_stage
@@ -111,6 +111,7 @@ def curate(folder: Path, out: Path, workers: int) -> dict[str, Any]:
             "operations": OPERATIONS,
             "split": {"by": "cluster"},
             "max_reject_fraction": 0.05,
+            "engine": engine,
             "workers": workers,
         }
     )
@@ -149,12 +150,12 @@ def family(pid: int) -> Iterator[int]:
         yield from family(int(child))
 
 
-def in_own_process(folder: Path, workers: int) -> dict[str, Any]:
+def in_own_process(folder: Path, engine: str, workers: int) -> dict[str, Any]:
     """`curate` in a new Python, and the peaks of its memory."""
     root = str(Path(__file__).parents[1])
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         command = [sys.executable, __file__, str(folder), "--measure", str(Path(out) / "run")]
-        command += ["--workers", str(workers)]
+        command += ["--engine", engine, "--workers", str(workers)]
         environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
         child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         peaks: dict[int, dict[str, float]] = {}
@@ -166,17 +167,18 @@ def in_own_process(folder: Path, workers: int) -> dict[str, Any]:
             time.sleep(0.2)
         assert child.stdout is not None
         if child.returncode:
-            raise SystemExit(f"the run with {workers} workers failed")
+            raise SystemExit(f"the run with engine {engine} and {workers} workers failed")
         driver = peaks.pop(child.pid)
         report = json.loads(child.stdout.read().splitlines()[-1])
-    report |= {"workers": workers, "peak_rss_mb": driver["VmHWM"], "rss_anon_mb": driver["RssAnon"]}
+    report |= {"engine": engine, "workers": workers}
+    report |= {"peak_rss_mb": driver["VmHWM"], "rss_anon_mb": driver["RssAnon"]}
     if workers > 1:
         report["largest_worker_rss_mb"] = max(at["VmHWM"] for at in peaks.values())
     return report
 
 
 def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Every size with one process, the sizes up to `--compare` with two."""
+    """Every size with one process, the sizes up to `--compare` also with two and on Ray."""
     runs: list[dict[str, Any]] = []
     for size in args.sizes:
         with tempfile.TemporaryDirectory(dir=args.scratch) as name:
@@ -184,8 +186,9 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
             folder.mkdir()
             write_parts(folder, args.folder, size)
             size_mb = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-            for workers in (1, 2) if size <= args.compare else (1,):
-                run = {"rows": size, "input_mb": size_mb, **in_own_process(folder, workers)}
+            several = (("local", 2), ("ray", 2)) if size <= args.compare else ()
+            for engine, workers in (("local", 1), *several):
+                run = {"rows": size, "input_mb": size_mb, **in_own_process(folder, engine, workers)}
                 run["rows_per_second"] = size / run["seconds"]
                 run["microseconds_per_row"] = run["seconds"] / size * 1e6
                 runs.append(run)
@@ -201,12 +204,12 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def comparisons(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Time a row and memory against the 100,000 of one process; whether two processes gave the same."""
+    """Time a row and memory against the 100,000 of one process; whether two and Ray gave the same."""
     single = {run["rows"]: run for run in runs if run["workers"] == 1}
-    several = {run["rows"]: run for run in runs if run["workers"] > 1}
+    several = [run for run in runs if run["workers"] > 1]
     found: dict[str, Any] = {
         "same_content_hash": all(
-            run["content_hash"] == single[rows]["content_hash"] for rows, run in several.items()
+            run["content_hash"] == single[run["rows"]]["content_hash"] for run in several
         )
     }
     base = single.get(100_000)
@@ -230,14 +233,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the data sets to make records from")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--compare", type=int, default=100_000, help="largest size also run by two processes")
+    parser.add_argument(
+        "--compare", type=int, default=100_000, help="largest size also run by two and on Ray"
+    )
     parser.add_argument("--scratch", help="folder for the records and runs")
     parser.add_argument("--output", type=Path, help="write the report to this JSON file")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--engine", default="local", help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(curate(args.folder, args.measure, args.workers)))
+        print(json.dumps(curate(args.folder, args.measure, args.engine, args.workers)))
         return
     text = json.dumps(benchmark(args), indent=2)
     if args.output:

@@ -58,8 +58,9 @@ class RayEngine:
 
         rows = [{"setup": self._setup, "task": task} for task in window]
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
+        most = None if self._workers is None else min(self._workers, len(rows))
         with _quiet(ray.data.DataContext.get_current()):
-            for row in data.map(do, concurrency=self._workers).iter_rows():
+            for row in data.map(do, compute=ray.data.TaskPoolStrategy(most)).iter_rows():
                 yield _result(row)
 
     def _start(self) -> None:
