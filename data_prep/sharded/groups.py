@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from data_prep.sharded.store import read_table, write_table
 
-BATCH_ROWS = 1_000_000
+BATCH_ROWS = 100_000
 
 
 def join_groups(files: Sequence[Path], joined: Sequence[Path]) -> None:

@@ -71,6 +71,8 @@ class RayEngine:
         address = self._address or os.environ.get("RAY_ADDRESS")
         # Nothing about a run is sent to the makers of Ray.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # On a busy machine the parts of a local Ray take longer to find each other than it waits by default.
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
         local: dict[str, Any] = (
             {}
             if address

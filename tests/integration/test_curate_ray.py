@@ -29,6 +29,7 @@ def cluster() -> Iterator[None]:
     """One local Ray for all tests here; the engine goes into it instead of starting its own."""
     import ray
 
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -118,6 +118,12 @@ def plain_verdicts(
         "rows_in_clusters": sum(several),
         "largest_cluster": max(several, default=0),
         "pairs_compared": candidates,
+        "cluster_sizes": {str(size): several.count(size) for size in sorted(set(several))},
+        "largest_clusters": [
+            {"first": f"f:{leader + 1}", "rows": size}
+            for leader, size in sorted(sizes.items(), key=lambda at: (-at[1], at[0]))[:5]
+            if size > 1
+        ],
     }
     return verdicts, facts
 
