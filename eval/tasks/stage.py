@@ -151,27 +151,16 @@ def _add_items(rows: dict[str, dict[str, Any]], task: str, target: str, found: M
 
 
 def _show(context: StageContext, report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("task", "metric", "target", "score", "interval", "n", "contamination"):
-        table.add_column(heading, justify="right" if heading in ("score", "n") else "left")
     for target, one in report.items():
         for task, measured in one["tasks"].items():
+            lines = [f"{task} of {target} (training data {measured['contamination']['status']})"]
             for metric, score in measured["scores"].items():
-                table.add_row(
-                    task,
-                    metric,
-                    target,
-                    f"{score['value']:.4f}",
-                    f"{score['low']:.4f} to {score['high']:.4f}",
-                    str(score["n"]),
-                    measured["contamination"]["status"],
-                )
+                ends = f"{score['low']:.4f} to {score['high']:.4f}"
+                lines.append(f"  {metric}: {score['value']:.4f}, {ends}, n {score['n']:,}")
             left = measured["counts"].get("not_answered", 0)
             if left:
-                table.add_row(task, "not answered", target, "", "not in the scores", str(left), "")
-    context.console.print(table)
+                lines.append(f"  {left:,} prompts were not answered and are in no score")
+            context.console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(report: dict[str, Any]) -> dict[str, Any]:
