@@ -80,21 +80,25 @@ def generate(
     temperature: float = 1.0,
     batch_size: int = 64,
     seed: int = 0,
+    indices: Sequence[int] | None = None,
     on_batch: Callable[[int], None] = lambda n: None,
 ) -> list[Generation]:
     """Answers in the order of `prompts` (token ids each); temperature 0 is greedy.
+
+    indices: the number of each sample in the random stream; by default its place in `prompts`.
 
     The model is put in eval mode and its `generation_config` replaced, since transformers fills unset
     fields from it.
     """
     model.eval()
     model.generation_config = generation_config(tokenizer, max_new_tokens)
+    numbers = range(len(prompts)) if indices is None else indices
     answers: dict[int, Generation] = {}
     for batch in length_sorted_batches([len(prompt) for prompt in prompts], batch_size):
         ids_BT, mask_BT = pad_rows([prompts[i] for i in batch], tokenizer.pad_token_id, "left", model.device)
         processors = LogitsProcessorList()
         if temperature > 0:
-            uniforms = uniforms_for(seed, batch, max_new_tokens)
+            uniforms = uniforms_for(seed, [numbers[i] for i in batch], max_new_tokens)
             processors.append(InverseTransformSampler(uniforms, ids_BT.shape[1], temperature))
         output_BT = model.generate(input_ids=ids_BT, attention_mask=mask_BT, logits_processor=processors)
         for i, row in zip(batch, output_BT[:, ids_BT.shape[1] :].tolist(), strict=True):

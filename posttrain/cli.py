@@ -259,6 +259,8 @@ _EXAMPLES = {
     "max_prompt_tokens=160 max_new_tokens=64",
     "eval": "models.sft=runs/tiny/sft-merged prompts=runs/tiny/prompts",
     "judge": "'answers=[{run: runs/tiny/eval}]' 'judges={gold: {kind: gold}}'",
+    "benchmark": "'targets={sft: {kind: model, model: runs/tiny/sft-merged}}' "
+    "'tasks={ppl: {kind: perplexity, dataset: runs/tiny/demos}}'",
     "merge": "model=runs/tiny/sft",
     "export": "model=runs/tiny/sft-merged",
 }

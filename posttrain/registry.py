@@ -187,6 +187,13 @@ STAGES: dict[str, StageSpec] = {
             check="eval.judging.config:check",
         ),
         _spec(
+            "benchmark",
+            "eval.tasks.config:BenchmarkConfig",
+            "eval.tasks.stage:run",
+            "Score models, endpoints or given answers on tasks, such as GSM8K and IFEval.",
+            check="eval.tasks.config:check",
+        ),
+        _spec(
             "merge",
             "train.merge_config:MergeConfig",
             "train.merge:run",

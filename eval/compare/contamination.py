@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,13 @@ def contamination(run: EvalRun, model: str) -> dict[str, Any]:
     "unknown" where no data set can be found (models from elsewhere, directories that moved).
     """
     refs = [parent["ref"] for parent in run.manifest["parents"] if parent["field"] == f"models.{model}"]
+    return lineage([Path(ref) for ref in refs])
+
+
+def lineage(models: Sequence[Path]) -> dict[str, Any]:
+    """As `contamination`, for models by the places they were named by."""
     found = []
-    for path in dict.fromkeys(place for ref in refs for place in _datasets(Path(ref), set())):
+    for path in dict.fromkeys(place for model in models for place in _datasets(model, set())):
         info = read_info(path) or {}
         steps = [step for step in info.get("operations", []) if step.get("op") == "decontaminate"]
         found.append(

@@ -12,7 +12,7 @@ from typing import Any
 from posttrain.errors import UserError
 from posttrain.inputs import resolve
 
-RESULTS = {"eval": "eval.json", "judge": "judge.json"}
+RESULTS = {"eval": "eval.json", "judge": "judge.json", "benchmark": "benchmark.json"}
 """The file of results of a stage; of the others, only the manifest's metrics."""
 ENDS = ("value", "low", "high")
 

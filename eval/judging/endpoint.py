@@ -19,9 +19,15 @@ from typing import Any
 import httpx
 import openai
 
-from eval.judging.config import EndpointJudge
 from eval.judging.replies import Reply
-from eval.judging.request import RejectedError, StoppedError, UnansweredError, estimated_tokens, tokens_of
+from eval.judging.request import (
+    ChatSettings,
+    RejectedError,
+    StoppedError,
+    UnansweredError,
+    estimated_tokens,
+    tokens_of,
+)
 from eval.judging.templates import Message
 from posttrain.errors import UserError
 from posttrain.hashing import hash_json
@@ -32,9 +38,9 @@ _NO_KEY = "none"
 
 
 class Endpoint:
-    """A client for one judge, for use by several threads. retries: tries beyond the first, by cause."""
+    """A client for one model, for use by several threads. retries: tries beyond the first, by cause."""
 
-    def __init__(self, config: EndpointJudge, key: str | None, stop: threading.Event) -> None:
+    def __init__(self, config: ChatSettings, key: str | None, stop: threading.Event) -> None:
         self.config = config
         self.retries: Counter[str] = Counter()
         self._key = key

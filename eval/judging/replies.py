@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -71,10 +72,15 @@ class ReplyStore:
 
     def put(self, request: str, reply: Reply) -> None:
         """Keep the reply; when it returns, the row is on the disk. The first reply to a request stays."""
-        values = (request, *vars(reply).values())
-        with self._lock:
-            self._connection.execute(
-                f"INSERT OR IGNORE INTO replies (request, {_COLUMNS}) VALUES (?{', ?' * 8})", values
+        self.put_all({request: reply})
+
+    def put_all(self, replies: Mapping[str, Reply]) -> None:
+        """Keep many replies in one transaction, all of them or none."""
+        rows = [(request, *vars(reply).values()) for request, reply in replies.items()]
+        with self._lock, self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(
+                f"INSERT OR IGNORE INTO replies (request, {_COLUMNS}) VALUES (?{', ?' * 8})", rows
             )
 
     def __enter__(self) -> Self:

@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from eval.judging.templates import Message
 
 CHARACTERS_PER_TOKEN = 4.0
 """Used where the endpoint counts no tokens, and in estimates; English under common tokenizers."""
+
+
+class ChatSettings(Protocol):
+    """What the client of an endpoint reads of a configuration (`eval.judging.config.EndpointJudge`)."""
+
+    @property
+    def base_url(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def token_limit_field(self) -> str: ...
+
+    @property
+    def temperature(self) -> float | None: ...
+
+    @property
+    def seed(self) -> int | None: ...
+
+    @property
+    def json_mode(self) -> bool: ...
+
+    @property
+    def timeout_s(self) -> float: ...
+
+    @property
+    def attempts(self) -> int: ...
+
+    @property
+    def backoff_s(self) -> float: ...
+
+    @property
+    def max_wait_s(self) -> float: ...
 
 
 class UnansweredError(Exception):
