@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import math
 import re
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -161,8 +162,23 @@ def check_form(study: Study, cookie: str, presented: str) -> None:
         raise HttpError(403, "This form is not valid any more. Load the page again.")
 
 
+def known_visitor(study: Study) -> str:
+    """A cookie for a browser that has logged in: nobody else can make one."""
+    made = secrets.token_urlsafe(16)
+    return f"{made}.{study.keyed('known-visitor', made)}"
+
+
+def is_known(study: Study, visitor: str) -> bool:
+    """Whether the cookie is from `known_visitor`, so that its wrong tokens are counted by themselves.
+
+    Others behind the same address then cannot lock that browser out.
+    """
+    made, _, signature = visitor.partition(".")
+    return hmac.compare_digest(study.keyed("known-visitor", made).encode(), signature.encode())
+
+
 class Guesses:
-    """Counts wrong tokens by address, and has all logins take turns."""
+    """Counts wrong tokens by address, or by browser that has logged in, and has all logins take turns."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock

@@ -234,6 +234,23 @@ def test_guesses_are_limited_by_address(world: World) -> None:
     assert elsewhere.get("/login").status_code == 200
 
 
+def test_guesses_of_a_neighbour_do_not_lock_out_who_was_there_before(world: World) -> None:
+    browser = logged_in(world)
+    form = vote_form(browser.get("/").text)["form"]
+    assert send(browser, "/logout", {"form": form}).status_code == 303
+    neighbour = TestClient(browser.app, base_url=URL, follow_redirects=False)
+    codes = [log_in(neighbour, f"pa-wrong-{n}").status_code for n in range(security.GUESSES + 1)]
+    assert codes[-1] == 429
+    forged = TestClient(browser.app, base_url=URL, follow_redirects=False)
+    forged.cookies.set("annotate-visitor", "made-up." + "0" * 64, domain="127.0.0.1")
+    assert log_in(forged, world.tokens["ann"]).status_code == 429
+    assert log_in(browser, world.tokens["ann"]).status_code == 303
+    # A browser that is known has its own limit, no freedom.
+    codes = [log_in(browser, f"pa-wrong-{n}").status_code for n in range(security.GUESSES + 1)]
+    assert codes[0] == 403
+    assert 429 in codes
+
+
 def test_a_whole_network_of_ipv6_is_one_address() -> None:
     """Whoever has one IPv6 address usually has 2^64 of them."""
     guesses = Guesses(lambda: 0.0)
