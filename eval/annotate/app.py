@@ -173,8 +173,8 @@ def _add_errors(app: FastAPI, annotation: Annotation) -> None:
     async def unavailable(request: Request, error: UnavailableError) -> Response:
         LOG.warning("%s %s: %s", request.method, request.url.path, error)
         text = (
-            "The database does not answer, so what you sent may not be saved. Load this page again in a moment, "
-            "which sends it again: it counts once."
+            "The database does not answer, so what you sent may not be saved. Load this page again in a "
+            "moment, which sends it again: it counts once."
         )
         return pages.message(text, 503, {"Retry-After": "5"})
 

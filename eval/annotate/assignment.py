@@ -34,7 +34,8 @@ def expire(session: Session, study: Study, now: float) -> None:
     over = "state = 'open' AND (lease <= :now OR lease > :ahead)"
     times = {"now": now, "ahead": now + 2 * study.config.lease_minutes * 60}
     session.run(
-        f"UPDATE items SET taken = taken - (SELECT COUNT(*) FROM assignments WHERE item = items.id AND {over}) "
+        "UPDATE items SET taken = taken - "
+        f"(SELECT COUNT(*) FROM assignments WHERE item = items.id AND {over}) "
         f"WHERE study = :study AND id IN (SELECT item FROM assignments WHERE {over})",
         study=study.id,
         **times,
@@ -163,9 +164,9 @@ def task(session: Session, study: Study, assignment: str) -> Task:
 
 
 def progress(session: Session, study: Study, annotator: str) -> dict[str, Any]:
-    """done: the annotator's votes; left: items that wait for him, the open one and gold checks to come included.
+    """done: the annotator's votes; left: items that wait for him, with the open one and gold checks to come.
 
-    A gold check counts before it is drawn as after: done and left, or their sum, say nothing about which it was.
+    A gold check counts before it is drawn as after: neither done nor left says which it was.
     """
     (row,) = session.run(
         "SELECT COUNT(*) AS given, SUM(CASE WHEN s.state = 'voted' THEN 1 ELSE 0 END) AS done, "

@@ -146,13 +146,11 @@ def export(
     return lineage
 
 
-def flat_votes(
-    votes: list[Row], min_gold_accuracy: float = 0.0
-) -> tuple[list[dict[str, Any]], Counter[str]]:
+def flat_votes(votes: list[Row], min_gold_accuracy: float = 0.0) -> tuple[list[dict[str, Any]], Counter[str]]:
     """One row a vote, as the judge `kind: votes` reads them, and how many votes are none, by reason.
 
-    model_a is what stood left, as A; choice (a, b, tie, both_bad) and criteria (a, same, b) go by that. time: in
-    UTC, of the vote; seconds: from showing the item until then. Gold checks are not among them.
+    model_a is what stood left, as A; choice (a, b, tie, both_bad) and criteria (a, same, b) go by that.
+    time: of the vote, in UTC; seconds: from showing the item until then. Gold checks are not among them.
     """
     careless = _careless(votes, min_gold_accuracy)
     left_out: Counter[str] = Counter()
@@ -183,14 +181,14 @@ def flat_votes(
 def export_votes(
     database: Database, study: Study, file: Path, min_gold_accuracy: float = 0.0
 ) -> tuple[int, Counter[str]]:
-    """Write `flat_votes` as JSON lines; how many, and those left out. Raises UserError, DataError: no vote."""
+    """Write `flat_votes` as JSON lines; how many, and who was left out. Raises UserError, DataError."""
     if not file.name.endswith(".jsonl") or not file.parent.is_dir():
         raise UserError(f"--votes {file}: must be a .jsonl file in a directory that is there")
     with database.reading() as session:
         rows, left_out = flat_votes(standing_votes(session, study), min_gold_accuracy)
     if not rows:
         raise DataError(
-            f"{shown(database.url)}: holds no vote to export\n    collect some with `posttrain annotate serve`"
+            f"{shown(database.url)}: holds no vote to export\n    collect some:  `posttrain annotate serve`"
         )
     atomic_write_text(file, as_text(rows), 0o600)
     return len(rows), left_out

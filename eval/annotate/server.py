@@ -69,8 +69,8 @@ def serve(
 class Hurried(H11Protocol):
     """uvicorn's HTTP, which ends connections whose request does not arrive.
 
-    uvicorn itself only bounds the pause after an answer, so that a few hundred silent connections, or ones that
-    send a byte now and then, would take the place of everybody (slowloris).
+    uvicorn itself only bounds the pause after an answer, so that a few hundred connections that are silent,
+    or send a byte now and then, would take the place of everybody (slowloris).
     """
 
     head_timer: asyncio.TimerHandle | None = None

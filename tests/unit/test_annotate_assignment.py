@@ -334,7 +334,7 @@ def test_both_databases_export_the_same_bytes(tmp_path: Path, postgres: str | No
 
 
 def test_progress_does_not_tell_gold_checks(make: Make, tmp_path: Path) -> None:
-    """What an annotator sees of it is the same before and after a vote, whether that was a gold check or not."""
+    """What an annotator sees of it is the same before and after a vote, gold check or not."""
     gold = write_rows(tmp_path / "gold.jsonl", [{**answers(100 + n), "gold": "zebra-70b"} for n in range(5)])
     world = make(gold=gold, gold_share=0.5, rows=[answers(n) for n in range(8)])
     kinds, totals = [], []
