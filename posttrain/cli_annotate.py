@@ -87,6 +87,12 @@ def _add_create(commands: typer.Typer, reporting: Reporting) -> None:
             opened = load("eval.annotate.database:Database")(database)
             load("eval.annotate.store:create_study")(opened, config, loaded)
             gold = sum(item.gold is not None for item in loaded.items)
+            if named := load("eval.annotate.study:named_models")(config, loaded.items):
+                print(
+                    f"warning: annotators see name, criteria and instructions, and these name "
+                    f"{', '.join(named)}: the study is not blinded\n    make one under another name",
+                    file=sys.stderr,
+                )
             left_out = dict(sorted(loaded.left_out.items()))
             if as_json:
                 made = {"name": config.name, "items": len(loaded.items) - gold, "gold_items": gold}
@@ -188,12 +194,13 @@ def _add_export(commands: typer.Typer, reporting: Reporting) -> None:
         epilog="Example: posttrain annotate export --database study.db --output runs/human\n\n"
         "Then: posttrain reward model=runs/tiny/sft-merged data=runs/human\n\n"
         "Example: posttrain annotate export --output prefs.jsonl --min-votes 2 --min-gold-accuracy 0.8\n\n"
+        "Example: posttrain annotate export --votes votes.jsonl   (for `judge`, kind: votes)\n\n"
         "Example: posttrain annotate export --to label-studio --output tasks.json"
     )
     def export(
         output: Annotated[
-            Path, typer.Option(help="A data set directory; or a .jsonl (with --to: .json) file alone.")
-        ],
+            Path | None, typer.Option(help="A data set directory; or a .jsonl (with --to: .json) file alone.")
+        ] = None,
         database: DatabaseOption = DEFAULT,
         study: StudyOption = None,
         min_votes: Annotated[int, typer.Option(min=1, help="Leave out items with fewer deciding votes.")] = 1,
@@ -201,13 +208,26 @@ def _add_export(commands: typer.Typer, reporting: Reporting) -> None:
             float, typer.Option(min=0, max=1, help="Leave out annotators below, on gold checks.")
         ] = 0.0,
         to: Annotated[Tool | None, typer.Option(help="For another tool, votes included.")] = None,
+        votes: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="A .jsonl of single votes, for `judge`.")
+        ] = None,
         as_json: AsJson = False,
     ) -> None:
         """Make preference pairs of the votes, with their lineage: what `reward` and `dpo` train on."""
         with reporting():
+            from posttrain.errors import UserError
             from posttrain.registry import load
 
+            if output is None and (votes is None or to is not None or min_votes > 1):
+                raise UserError("--output: is missing\n    say where the pairs go, or with --votes the votes")
             opened, found = _open(database, study)
+            if votes is not None:
+                rows, left = load("eval.annotate.export:export_votes")(
+                    opened, found, votes, min_gold_accuracy
+                )
+                print(f"{votes}: {rows} votes ({_reasons(left)})", file=sys.stderr)
+            if output is None:
+                return
             if to is not None:
                 count = load("eval.annotate.exchange:write")(opened, found, output, to.value)
                 print(f"{output}: {count} items for {to.value}", file=sys.stderr)

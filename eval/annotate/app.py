@@ -7,6 +7,7 @@ read the form, and leave the database to a few threads with a connection each.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from eval.annotate.security import Guard, Guesses, HttpError, Origins, check_for
 from eval.annotate.store import Study, sha256
 from eval.annotate.votes import Opinion, RefusedError
 
+LOG = logging.getLogger("posttrain.annotate")
 THREADS = 4
 MAX_FIELDS = 64
 STATIC = {
@@ -141,7 +143,7 @@ def make_app(annotation: Annotation) -> Guard:
         annotation.threads.shutdown(wait=True)
         annotation.database.close()
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_errors(app, annotation)
     _add_static(app)
     login.add_login(app, annotation)
@@ -169,7 +171,11 @@ def _add_errors(app: FastAPI, annotation: Annotation) -> None:
 
     @app.exception_handler(UnavailableError)
     async def unavailable(request: Request, error: UnavailableError) -> Response:
-        text = "The database does not answer, and nothing was saved. Go back and send it again."
+        LOG.warning("%s %s: %s", request.method, request.url.path, error)
+        text = (
+            "The database does not answer, so what you sent may not be saved. Load this page again in a "
+            "moment, which sends it again: it counts once."
+        )
         return pages.message(text, 503, {"Retry-After": "5"})
 
     @app.exception_handler(404)

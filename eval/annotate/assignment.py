@@ -30,19 +30,21 @@ class Task:
 
 
 def expire(session: Session, study: Study, now: float) -> None:
-    """Give back the places whose leases have run out."""
+    """Give back the places whose leases have run out, or were given by a clock that was far ahead."""
+    over = "state = 'open' AND (lease <= :now OR lease > :ahead)"
+    times = {"now": now, "ahead": now + 2 * study.config.lease_minutes * 60}
     session.run(
-        "UPDATE items SET taken = taken - (SELECT COUNT(*) FROM assignments s WHERE s.item = items.id "
-        "AND s.state = 'open' AND s.lease <= :now) WHERE study = :study AND id IN "
-        "(SELECT item FROM assignments WHERE state = 'open' AND lease <= :now)",
-        now=now,
+        "UPDATE items SET taken = taken - "
+        f"(SELECT COUNT(*) FROM assignments WHERE item = items.id AND {over}) "
+        f"WHERE study = :study AND id IN (SELECT item FROM assignments WHERE {over})",
         study=study.id,
+        **times,
     )
     session.run(
-        "UPDATE assignments SET state = 'expired' WHERE state = 'open' AND lease <= :now "
+        f"UPDATE assignments SET state = 'expired' WHERE {over} "
         "AND item IN (SELECT id FROM items WHERE study = :study)",
-        now=now,
         study=study.id,
+        **times,
     )
 
 
@@ -104,7 +106,7 @@ def _resume(session: Session, study: Study, annotator: str, now: float) -> str |
 
 def _new(session: Session, study: Study, annotator: str, now: float) -> str | None:
     given = session.run("SELECT COUNT(*) AS n FROM assignments WHERE annotator = :a", a=annotator)[0]["n"]
-    drawn = int(study.keyed("gold", annotator, given)[:16], 16) / 2**64 < study.config.gold_share
+    drawn = _is_gold_drawn(study, annotator, given)
     # Both are looked for whatever was drawn, so that a gold check takes no less time.
     found = {
         is_gold: session.run(
@@ -162,14 +164,43 @@ def task(session: Session, study: Study, assignment: str) -> Task:
 
 
 def progress(session: Session, study: Study, annotator: str) -> dict[str, Any]:
-    """done: the annotator's votes; left: items that wait for him, the open one included."""
+    """done: the annotator's votes; left: items that wait for him, with the open one and gold checks to come.
+
+    A gold check counts before it is drawn as after: neither done nor left says which it was.
+    """
     (row,) = session.run(
-        "SELECT (SELECT COUNT(*) FROM assignments WHERE annotator = :annotator AND state = 'voted') AS done, "
-        "(SELECT COUNT(*) FROM items i LEFT JOIN assignments s ON s.item = i.id AND s.annotator = :annotator "
-        "WHERE i.study = :study AND i.is_gold = 0 AND (s.state = 'open' OR (i.taken < :overlap AND "
-        "(s.state IS NULL OR s.state = 'expired')))) AS waiting",
+        "SELECT COUNT(*) AS given, SUM(CASE WHEN s.state = 'voted' THEN 1 ELSE 0 END) AS done, "
+        "SUM(CASE WHEN s.state = 'open' OR (s.state = 'expired' AND (i.is_gold = 1 OR i.taken < :overlap)) "
+        "THEN 1 ELSE 0 END) AS waiting FROM assignments s JOIN items i ON i.id = s.item "
+        "WHERE s.annotator = :annotator",
         annotator=annotator,
-        study=study.id,
         overlap=study.config.overlap,
     )
-    return {"done": row["done"], "left": row["waiting"]}
+    unseen = session.run(
+        "SELECT is_gold, COUNT(*) AS n FROM items WHERE study = :study AND (is_gold = 1 OR taken < :overlap) "
+        "AND NOT EXISTS (SELECT 1 FROM assignments s WHERE s.item = items.id AND s.annotator = :annotator) "
+        "GROUP BY is_gold",
+        study=study.id,
+        overlap=study.config.overlap,
+        annotator=annotator,
+    )
+    left = {found["is_gold"]: found["n"] for found in unseen}
+    coming = _coming(study, annotator, row["given"], left.get(0, 0), left.get(1, 0))
+    return {"done": row["done"] or 0, "left": (row["waiting"] or 0) + coming}
+
+
+def _coming(study: Study, annotator: str, given: int, regular: int, gold: int) -> int:
+    """How many items `_new` will give, if others take none."""
+    coming = 0
+    while regular:
+        if gold and _is_gold_drawn(study, annotator, given + coming):
+            gold -= 1
+        else:
+            regular -= 1
+        coming += 1
+    return coming
+
+
+def _is_gold_drawn(study: Study, annotator: str, given: int) -> bool:
+    """Whether the item after so many is to be a gold check."""
+    return int(study.keyed("gold", annotator, given)[:16], 16) / 2**64 < study.config.gold_share

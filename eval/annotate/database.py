@@ -21,6 +21,8 @@ from posttrain.errors import PosttrainError, UserError
 Row = dict[str, Any]
 BUSY_SECONDS = 5.0
 """So long a writer waits for another process that writes the same SQLite file."""
+ANSWER_SECONDS = 30
+"""So long a statement waits for PostgreSQL, which may have gone without a word."""
 LOCK = 0x70_74_61_6E
 """The advisory lock of PostgreSQL under which one transaction writes at a time."""
 
@@ -90,14 +92,8 @@ class Database:
 
     @contextlib.contextmanager
     def _transaction(self, begin: list[str]) -> Iterator[Session]:
+        session = self._begun(begin)
         try:
-            session = self._session()
-        except UserError as error:
-            # Not the user's mistake any more once it had worked; the command checks before it serves.
-            raise UnavailableError(str(error)) from error
-        try:
-            for statement in begin:
-                session.run(statement)
             yield session
             session.run("COMMIT")
         except self.failures as error:
@@ -109,6 +105,28 @@ class Database:
             except self.failures:
                 self._drop(session)
             raise
+
+    def _begun(self, begin: list[str]) -> Session:
+        """A session in a transaction. Raises UnavailableError.
+
+        A connection that was held may have ended with the server since: nothing was asked of it in this
+        transaction yet, so another one is tried. Not where the database answered that it is busy.
+        """
+        held = "session" in vars(self._held) and self._held.session is not None
+        try:
+            session = self._session()
+        except UserError as error:
+            # Not the user's mistake any more once it had worked; the command checks before it serves.
+            raise UnavailableError(str(error)) from error
+        try:
+            for statement in begin:
+                session.run(statement)
+        except self.failures as error:
+            self._drop(session)
+            if held and self.postgres and not _is_busy(error):
+                return self._begun(begin)
+            raise UnavailableError(f"{shown(self.url)}: {_reason(error)}") from error
+        return session
 
     def check(self) -> None:
         """Connect once. Raises UserError where that fails, as a command says it."""
@@ -131,6 +149,12 @@ def shown(url: str) -> str:
         return url
     user, _, place = parts.netloc.rpartition("@")
     return parts._replace(netloc=f"{user.partition(':')[0]}@{place}", query="").geturl()
+
+
+def _is_busy(error: BaseException) -> bool:
+    """Whether PostgreSQL gave up waiting for a lock (lock_not_available)."""
+    details = error.args[0] if error.args else None
+    return isinstance(details, dict) and details.get("C") == "55P03"
 
 
 def _reason(error: BaseException) -> str:
@@ -239,7 +263,7 @@ class PostgresSession:
                 password=unquote(parts.password) if parts.password else os.environ.get("PGPASSWORD"),
                 unix_sock=f"{folder}/.s.PGSQL.{port}" if folder.startswith("/") else None,
                 ssl_context=secure.get(mode, ssl.create_default_context()),
-                timeout=None,
+                timeout=ANSWER_SECONDS,
                 application_name="posttrain annotate",
             )
         except (DatabaseError, InterfaceError, OSError) as error:

@@ -20,7 +20,7 @@ from data_prep.formats import FORMATS
 from data_prep.records import InvalidRecord
 from eval.annotate.database import Database, Row, shown
 from eval.annotate.store import Study
-from eval.annotate.votes import standing_votes
+from eval.annotate.votes import as_seen, standing_votes
 from posttrain import __version__
 from posttrain.errors import DataError, UserError
 from posttrain.hashing import hash_file, hash_json
@@ -46,11 +46,7 @@ def preferences(votes: list[Row], min_votes: int = 1, min_gold_accuracy: float =
     Every vote is in one row's votes for `chosen`, or in left_out.
     """
     found = Preferences(counts=Counter(votes=len(votes)))
-    gold: dict[str, list[bool]] = defaultdict(list)
-    for vote in votes:
-        if vote["is_gold"]:
-            gold[vote["annotator"]].append(vote["preferred"] == vote["gold"])
-    careless = {name for name, right in gold.items() if statistics.fmean(right) < min_gold_accuracy}
+    careless = _careless(votes, min_gold_accuracy)
     items: dict[str, list[Row]] = defaultdict(list)
     for vote in votes:
         if vote["is_gold"]:
@@ -62,6 +58,14 @@ def preferences(votes: list[Row], min_votes: int = 1, min_gold_accuracy: float =
     for name, given in items.items():
         _decide(name, given, min_votes, found)
     return found
+
+
+def _careless(votes: list[Row], min_gold_accuracy: float) -> set[str]:
+    gold: dict[str, list[bool]] = defaultdict(list)
+    for vote in votes:
+        if vote["is_gold"]:
+            gold[vote["annotator"]].append(vote["preferred"] == vote["gold"])
+    return {name for name, right in gold.items() if statistics.fmean(right) < min_gold_accuracy}
 
 
 def _decide(name: str, given: list[Row], min_votes: int, found: Preferences) -> None:
@@ -140,6 +144,54 @@ def export(
     if file != output:
         _curate(file, output, study)
     return lineage
+
+
+def flat_votes(votes: list[Row], min_gold_accuracy: float = 0.0) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """One row a vote, as the judge `kind: votes` reads them, and how many votes are none, by reason.
+
+    model_a is what stood left, as A; choice (a, b, tie, both_bad) and criteria (a, same, b) go by that.
+    time: of the vote, in UTC; seconds: from showing the item until then. Gold checks are not among them.
+    """
+    careless = _careless(votes, min_gold_accuracy)
+    left_out: Counter[str] = Counter()
+    rows = []
+    for vote in votes:
+        if vote["is_gold"] or vote["annotator"] in careless:
+            left_out["gold_check" if vote["is_gold"] else "gold_accuracy"] += 1
+            continue
+        models = vote["first_model"], vote["second_model"]
+        ratings = sorted(vote["ratings"].items())
+        rows.append(
+            {
+                "id": vote["item"],
+                "prompt": vote["prompt"],
+                "model_a": models[vote["swapped"]],
+                "model_b": models[1 - vote["swapped"]],
+                "choice": vote["choice"],
+                "annotator": vote["annotator"],
+                "comment": vote["comment"],
+                "criteria": {name: as_seen(value, vote["swapped"]) for name, value in ratings},
+                "time": _iso(vote["time"]),
+                "seconds": vote["seconds"],
+            }
+        )
+    return rows, left_out
+
+
+def export_votes(
+    database: Database, study: Study, file: Path, min_gold_accuracy: float = 0.0
+) -> tuple[int, Counter[str]]:
+    """Write `flat_votes` as JSON lines; how many, and who was left out. Raises UserError, DataError."""
+    if not file.name.endswith(".jsonl") or not file.parent.is_dir():
+        raise UserError(f"--votes {file}: must be a .jsonl file in a directory that is there")
+    with database.reading() as session:
+        rows, left_out = flat_votes(standing_votes(session, study), min_gold_accuracy)
+    if not rows:
+        raise DataError(
+            f"{shown(database.url)}: holds no vote to export\n    collect some:  `posttrain annotate serve`"
+        )
+    atomic_write_text(file, as_text(rows), 0o600)
+    return len(rows), left_out
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:

@@ -9,13 +9,15 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 
 from eval.annotate.database import Row
-from eval.annotate.security import form_token
+from eval.annotate.security import form_token, is_known, known_visitor
 from eval.annotate.store import find_by_token, sha256
 
 if TYPE_CHECKING:
     from eval.annotate.app import Annotation
 
 SESSION_SECONDS = 7 * 24 * 3600.0
+KNOWN_SECONDS = 90 * 24 * 3600.0
+"""So long a browser that has logged in answers for its own wrong tokens alone."""
 
 
 def add_login(app: FastAPI, annotation: Annotation) -> None:
@@ -25,7 +27,8 @@ def add_login(app: FastAPI, annotation: Annotation) -> None:
     async def login_page(request: Request) -> Response:
         visitor = request.cookies.get(annotation.visitor_cookie) or secrets.token_urlsafe(32)
         response = annotation.pages.login(form_token(annotation.study, visitor))
-        annotation.set_cookie(response, annotation.visitor_cookie, visitor)
+        lasts = KNOWN_SECONDS if is_known(annotation.study, visitor) else None
+        annotation.set_cookie(response, annotation.visitor_cookie, visitor, lasts)
         return response
 
     @app.post("/login")
@@ -33,12 +36,14 @@ def add_login(app: FastAPI, annotation: Annotation) -> None:
         fields = await annotation.form(request, annotation.visitor_cookie)
         token = fields.get("token", "").strip()
         address = request.client.host if request.client else ""
+        visitor = request.cookies.get(annotation.visitor_cookie, "")
+        source = visitor if is_known(annotation.study, visitor) else address
 
         def find() -> Row | None:
             with annotation.database.reading() as session:
                 return find_by_token(session, annotation.study, token)
 
-        person = await annotation.guesses.attempt(address, lambda: annotation.in_thread(find))
+        person = await annotation.guesses.attempt(source, lambda: annotation.in_thread(find))
         if person is None:
             text = "This token is not valid. Ask for a new one where you got it."
             return annotation.pages.login(fields["form"], text, 403)
@@ -63,6 +68,8 @@ def add_login(app: FastAPI, annotation: Annotation) -> None:
         await annotation.in_thread(keep)
         response = RedirectResponse("/admin" if person["role"] == "admin" else "/", 303)
         annotation.set_cookie(response, annotation.session_cookie, made, SESSION_SECONDS)
+        known = known_visitor(annotation.study)
+        annotation.set_cookie(response, annotation.visitor_cookie, known, KNOWN_SECONDS)
         return response
 
     @app.post("/logout")

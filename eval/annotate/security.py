@@ -11,6 +11,7 @@ import hmac
 import ipaddress
 import math
 import re
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -126,6 +127,30 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def check_proxy(address: str) -> None:
+    """Raises UserError unless it is an address, or a network of them.
+
+    uvicorn would take `*`, and then believe whatever address a client claims, a new one with every guess.
+    """
+    try:
+        ipaddress.ip_network(address)
+    except ValueError as error:
+        raise UserError(
+            f"--proxy {address}: is no address\n    name the proxy's own, as 127.0.0.1 or 10.0.0.0/24"
+        ) from error
+
+
+def network(address: str) -> str:
+    """What wrong tokens are counted by: an IPv4 address, or the /64 of an IPv6 one, all of which one has."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if parsed.version == 6 and parsed.ipv4_mapped is None:
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)
+
+
 def form_token(study: Study, cookie: str) -> str:
     """What forms carry beside the cookie, which another site can neither read nor make."""
     return study.keyed("form", cookie)
@@ -137,8 +162,23 @@ def check_form(study: Study, cookie: str, presented: str) -> None:
         raise HttpError(403, "This form is not valid any more. Load the page again.")
 
 
+def known_visitor(study: Study) -> str:
+    """A cookie for a browser that has logged in: nobody else can make one."""
+    made = secrets.token_urlsafe(16)
+    return f"{made}.{study.keyed('known-visitor', made)}"
+
+
+def is_known(study: Study, visitor: str) -> bool:
+    """Whether the cookie is from `known_visitor`, so that its wrong tokens are counted by themselves.
+
+    Others behind the same address then cannot lock that browser out.
+    """
+    made, _, signature = visitor.partition(".")
+    return hmac.compare_digest(study.keyed("known-visitor", made).encode(), signature.encode())
+
+
 class Guesses:
-    """Counts wrong tokens by address, and has all logins take turns."""
+    """Counts wrong tokens by address, or by browser that has logged in, and has all logins take turns."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
@@ -149,7 +189,7 @@ class Guesses:
     def check(self, address: str) -> None:
         """Raises HttpError 429 for an address with too many wrong tokens, and when too many wait."""
         now = self.clock()
-        recent = [moment for moment in self.wrong.get(address, []) if moment > now - GUESS_SECONDS]
+        recent = [moment for moment in self.wrong.get(network(address), []) if moment > now - GUESS_SECONDS]
         if len(recent) >= GUESSES:
             wait = math.ceil(recent[0] + GUESS_SECONDS - now)
             raise HttpError(429, "Too many wrong tokens. Wait a few minutes.", {"Retry-After": str(wait)})
@@ -173,8 +213,9 @@ class Guesses:
 
     def _note(self, address: str) -> None:
         now = self.clock()
-        kept = [moment for moment in self.wrong.pop(address, []) if moment > now - GUESS_SECONDS]
-        self.wrong[address] = [*kept, now]
+        place = network(address)
+        kept = [moment for moment in self.wrong.pop(place, []) if moment > now - GUESS_SECONDS]
+        self.wrong[place] = [*kept, now]
         while len(self.wrong) > ADDRESSES:
             self.wrong.popitem(last=False)
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import sys
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from eval.annotate.app import Annotation, make_app
 from eval.annotate.database import Database, shown
-from eval.annotate.security import MAX_HEAD_BYTES, origins
+from eval.annotate.security import MAX_HEAD_BYTES, check_proxy, origins
 from eval.annotate.store import open_study
 from posttrain.errors import UserError
 
 KEEP_ALIVE_SECONDS = 15
+HEAD_SECONDS = 10.0
+"""So long a client may take for the lines before a form; security.py has the form's own bound."""
 DRAIN_SECONDS = 20
 CONNECTIONS = 512
 
@@ -34,12 +39,15 @@ def serve(
     whose X-Forwarded-For is believed, so that its clients are told apart. Raises UserError.
     """
     allowed = origins(host, public_url)
+    if proxy is not None:
+        check_proxy(proxy)
     database = Database(url)
     opened = open_study(database, study)
     listener = _listen(host, port)
     address = f"http://{host}:{listener.getsockname()[1]}"
     settings = uvicorn.Config(
         make_app(Annotation(database, opened, allowed)),
+        http=Hurried,
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -56,6 +64,45 @@ def serve(
     said = f"serving {opened.config.name} from {shown(url)} at {allowed.public or address}"
     print(f"{said} (Ctrl-C or SIGTERM ends it)", file=sys.stderr, flush=True)
     server.run([listener])
+
+
+class Hurried(H11Protocol):
+    """uvicorn's HTTP, which ends connections whose request does not arrive.
+
+    uvicorn itself only bounds the pause after an answer, so that a few hundred connections that are silent,
+    or send a byte now and then, would take the place of everybody (slowloris).
+    """
+
+    head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A connection, whose first request is awaited from now on."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes of a request."""
+        if self.head_timer is None and self._is_between():
+            self._wait()
+        super().data_received(data)
+        if not self._is_between():
+            self._done()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The end of the connection."""
+        self._done()
+        super().connection_lost(exc)
+
+    def _is_between(self) -> bool:
+        return self.conn.their_state is h11.IDLE
+
+    def _wait(self) -> None:
+        self.head_timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _done(self) -> None:
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
 
 
 class Server(uvicorn.Server):

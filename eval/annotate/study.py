@@ -1,6 +1,6 @@
 """A study as written: one YAML file, and the pairs of answers it is about.
 
-name: sft-against-ppo
+name: answers-in-spring
 items: runs/tiny/eval            # a run of the eval stage, its samples.jsonl, or a .jsonl of items
 overlap: 2
 gold_share: 0.1
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,15 @@ def load_items(config: StudyConfig) -> Loaded:
     return loaded
 
 
+def named_models(config: StudyConfig, items: Sequence[Item]) -> list[str]:
+    """Models whose names the study's own words, which annotators see, hold: name, criteria, instructions."""
+    words = " ".join([config.name, *config.criteria, config.instructions]).casefold()
+    models = sorted({model for item in items for model in item.models if len(model) > 1})
+    return [
+        model for model in models if re.search(rf"(?<![^\W_]){re.escape(model.casefold())}(?![^\W_])", words)
+    ]
+
+
 def _read(place: str, config: StudyConfig, loaded: Loaded, prefix: str = "") -> None:
     path = Path(place)
     if path.is_dir():
@@ -143,7 +153,7 @@ def _read(place: str, config: StudyConfig, loaded: Loaded, prefix: str = "") -> 
             where = f"{path}:{number}"
             try:
                 row = json.loads(line)
-                found = list(_items(row, config, loaded.left_out, f"{prefix}{number}"))
+                found = list(_items(row, config, loaded.left_out, f"{prefix}line-{number}"))
             except (ValueError, InvalidRecord) as error:
                 raise DataError(f"{where}: {error}\n    {FORMS}") from error
             for item in found:

@@ -8,6 +8,7 @@ vote: both stay in the database.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,10 +214,17 @@ def _repeated(before: Row, assignment: str, choice: str, opinion: Opinion) -> bo
 
 
 def _end(session: Session, assignment: str, state: str, now: float) -> None:
+    # Later than what its annotator did before, also where the clock was set back: `undo` goes by this order.
+    (row,) = session.run(
+        "SELECT MAX(ended) AS before FROM assignments WHERE annotator = "
+        "(SELECT annotator FROM assignments WHERE id = :id)",
+        id=assignment,
+    )
+    ended = now if row["before"] is None else max(now, math.nextafter(row["before"], math.inf))
     session.run(
-        "UPDATE assignments SET state = :state, ended = :now WHERE id = :id",
+        "UPDATE assignments SET state = :state, ended = :ended WHERE id = :id",
         state=state,
-        now=now,
+        ended=ended,
         id=assignment,
     )
     session.run("DELETE FROM drafts WHERE assignment = :id", id=assignment)

@@ -120,6 +120,7 @@ def nonce(page: Any) -> str:
 
 def press(page: Any, key: str) -> None:
     """Press a key that sends the form, and wait for the next page."""
+    page.locator("#vote[data-ready], main:not(:has(#vote))").wait_for()
     with page.expect_navigation():
         page.keyboard.press(key)
 
@@ -150,6 +151,24 @@ def test_two_annotators_at_once(browser: Any, served: Served) -> None:
     assert all({"prompt", "chosen", "rejected"} <= set(json.loads(row)) for row in rows)
 
 
+def test_a_double_click_does_not_vote_on_the_next_item(browser: Any, served: Served) -> None:
+    page = served.open(browser, "ann")
+    page.locator("#vote[data-ready]").wait_for()
+    first = nonce(page)
+    page.clock.install(time=0)
+    page.clock.pause_at(10)
+    with page.expect_navigation():
+        page.get_by_role("button", name="A is better").click()
+    page.evaluate("document.querySelector('button[value=a]').click()")
+    assert page.locator("#vote[data-ready]").count() == 0
+    page.clock.run_for(1000)
+    assert nonce(page) != first
+    assert len(served.votes()) == 1
+    press(page, "1")
+    assert len(served.votes()) == 2
+
+
+@pytest.mark.slow
 def test_a_draft_survives_a_kill_and_undo_brings_it_back(browser: Any, served: Served) -> None:
     page = served.open(browser, "ann")
     page.keyboard.press("c")
@@ -176,6 +195,7 @@ def test_a_draft_survives_a_kill_and_undo_brings_it_back(browser: Any, served: S
     assert "0 of 3" in page.inner_text("header")
 
 
+@pytest.mark.slow
 def test_everything_works_without_scripts(browser: Any, served: Served) -> None:
     page = served.open(browser, "bob", java_script_enabled=False)
     page.get_by_label("Comment").fill("by hand")

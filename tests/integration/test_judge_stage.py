@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from data_prep.tiny import world
+from eval.annotate import assignment as assignments
+from eval.annotate import votes
+from eval.annotate.database import Database
+from eval.annotate.store import open_study
+from eval.annotate.votes import Opinion
 from eval.config import EvalConfig
 from eval.judging.config import JudgeConfig
 from posttrain.cli import app
@@ -114,6 +120,68 @@ def test_the_judges_say_what_the_scores_of_the_run_say(
     gold = results["judges"]["gold"]["pairs"][0]["win_rate"]["value"]
     assert gold == pytest.approx(evaluated["models"]["ppo"]["gold_win_rate"]["value"])
     assert results["agreement"][0]["n"] == len(samples) == 24
+
+
+def test_votes_on_a_run_are_what_the_judge_of_people_counts(
+    eval_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eval run becomes a study, its votes a file, and the file a judge."""
+    monkeypatch.chdir(tmp_path)
+    for arguments in (
+        ["create", "name=people", f"items={eval_run}", "pairs=[[sft,ppo]]", "overlap=2", "max_items=9"],
+        ["annotators", "add", "ann"],
+        ["annotators", "add", "bob"],
+    ):
+        done = CliRunner().invoke(app, ["annotate", *arguments])
+        assert done.exit_code == 0, done.output
+    wins, clusters = vote_on_everything(Database("annotate.db"))
+    done = CliRunner().invoke(app, ["annotate", "export", "--votes", "votes.jsonl"])
+    assert done.exit_code == 0, done.output
+    config = JudgeConfig.model_validate(
+        {
+            "answers": [{"run": str(eval_run)}],
+            "models": ["sft", "ppo"],
+            "baseline": "sft",
+            "bootstrap_samples": 100,
+            "judges": {"people": {"kind": "votes", "path": "votes.jsonl"}},
+        }
+    )
+    execute_stage("judge", config, tmp_path / "judge", console=QUIET)
+    results = json.loads((tmp_path / "judge" / "judge.json").read_text())
+    (pair,) = results["judges"]["people"]["pairs"]
+    assert (pair["win_rate"]["n"], len(wins), clusters) == (18, 18, 9)
+    assert pair["win_rate"]["value"] == pytest.approx(sum(wins) / 18, abs=1e-12)
+    assert 0.0 < sum(wins) / 18 < 1.0
+
+
+def vote_on_everything(database: Database) -> tuple[list[float], int]:
+    """Votes of everybody on everything: a win of ppo is 1, a tie a half; and how many items there are."""
+    study = open_study(database)
+    with database.reading() as session:
+        people = session.run("SELECT id FROM annotators ORDER BY name")
+    wins: list[float] = []
+    items = set()
+    choices = itertools.cycle(["a", "b", "a", "tie", "both_bad", "a", "b"])
+    for person in people:
+        while True:
+            with database.writing() as session:
+                task = assignments.current(session, study, person["id"], 1.8e9)
+                if task is None:
+                    break
+                (row,) = session.run(
+                    "SELECT i.id, i.first_model, i.second_model, s.swapped FROM assignments s "
+                    "JOIN items i ON i.id = s.item WHERE s.id = :id",
+                    id=task.assignment,
+                )
+            choice = next(choices)
+            seen = [row["first_model"], row["second_model"]][:: -1 if row["swapped"] else 1]
+            wins.append(float(seen["ab".index(choice)] == "ppo") if choice in ("a", "b") else 0.5)
+            items.add(row["id"])
+            votes.vote(
+                database, study, person["id"], task.assignment, task.nonce, choice, Opinion(), 1.8e9 + 1
+            )
+    database.close()
+    return wins, len(items)
 
 
 def test_two_models_of_one_run_are_compared_by_everything_in_its_samples(eval_run: Path) -> None:

@@ -13,6 +13,7 @@ from annotation_study import NOON, World, answers, make_world, write_rows
 from eval.annotate import assignment as assignments
 from eval.annotate import votes
 from eval.annotate.assignment import Task
+from eval.annotate.database import Database
 from eval.annotate.export import as_text, preferences
 from eval.annotate.store import open_study
 from eval.annotate.votes import Opinion, RefusedError
@@ -330,3 +331,71 @@ def test_both_databases_export_the_same_bytes(tmp_path: Path, postgres: str | No
         world.database.close()
     assert found[0] == found[1]
     assert found[0].count("\n") == 4
+
+
+def test_progress_does_not_tell_gold_checks(make: Make, tmp_path: Path) -> None:
+    """What an annotator sees of it is the same before and after a vote, gold check or not."""
+    gold = write_rows(tmp_path / "gold.jsonl", [{**answers(100 + n), "gold": "zebra-70b"} for n in range(5)])
+    world = make(gold=gold, gold_share=0.5, rows=[answers(n) for n in range(8)])
+    kinds, totals = [], []
+    while (task := current(world, "ann")) is not None:
+        (row,) = world.rows(
+            "SELECT i.is_gold FROM assignments s JOIN items i ON i.id = s.item WHERE s.id = :id",
+            id=task.assignment,
+        )
+        kinds.append(row["is_gold"])
+        totals.append(progress_of(world, "ann"))
+        vote(world, "ann", task)
+    assert set(kinds) == {0, 1}
+    assert totals == [(done, len(kinds) - done) for done in range(len(kinds))]
+    assert progress_of(world, "ann") == (len(kinds), 0)
+
+
+def progress_of(world: World, name: str) -> tuple[int, int]:
+    with world.database.reading() as session:
+        found = assignments.progress(session, world.study, world.person(name))
+    return found["done"], found["left"]
+
+
+def test_undo_takes_the_last_vote_back_where_the_clock_was_set_back(make: Make) -> None:
+    world = make()
+    first = task_of(world, "ann")
+    vote(world, "ann", first)
+    world.now -= 3600
+    second = task_of(world, "ann")
+    vote(world, "ann", second)
+    undo(world, "ann")
+    standing = world.rows("SELECT assignment FROM votes WHERE withdrawn IS NULL")
+    assert [row["assignment"] for row in standing] == [first.assignment]
+    assert task_of(world, "ann").assignment == second.assignment
+
+
+def test_a_lease_of_a_clock_that_was_far_ahead_ends(make: Make) -> None:
+    world = make(rows=[answers(0)])
+    world.now += 365 * 24 * 3600
+    task_of(world, "ann")
+    world.now = NOON
+    assert current(world, "bob") is not None
+    check_places(world)
+
+
+def test_connections_that_ended_with_postgresql_are_replaced(tmp_path: Path, postgres: str | None) -> None:
+    if postgres is None:
+        pytest.skip("PostgreSQL cannot be started here; apt-get install postgresql")
+    world = make_world(tmp_path, postgres)
+    other = Database(postgres)
+    try:
+        task = task_of(world, "ann")
+        with other.writing() as session:
+            ended = session.run(
+                "SELECT COUNT(pg_terminate_backend(pid)) AS n FROM pg_stat_activity WHERE pid <> "
+                "pg_backend_pid() AND application_name = 'posttrain annotate'"
+            )
+        assert ended[0]["n"] >= 1
+        assert vote(world, "ann", task)
+        assert len(world.rows("SELECT nonce FROM votes")) == 1
+    finally:
+        with other.writing() as session:
+            session.run("DROP SCHEMA annotate CASCADE")
+        other.close()
+        world.database.close()

@@ -157,6 +157,32 @@ def test_a_data_set_directory_is_what_reward_and_dpo_read(tmp_path: Path) -> Non
     assert os.stat(tmp_path / "human.jsonl").st_mode & 0o077 == 0
 
 
+def test_single_votes_are_exported_as_they_were_seen(voted: World, tmp_path: Path) -> None:
+    database = ["--database", voted.database.url]
+    done = run("export", "--votes", str(tmp_path / "votes.jsonl"), *database)
+    assert done.exit_code == 0, done.output
+    assert "18 votes (gold_check 6)" in done.output
+    rows = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
+    assert os.stat(tmp_path / "votes.jsonl").st_mode & 0o077 == 0
+    assert len({(row["id"], row["annotator"]) for row in rows}) == 18
+    kept = {(vote["item"], vote["annotator"]): vote for vote in standing(voted)}
+    for row in rows:
+        vote = kept[row["id"], row["annotator"]]
+        won = {"a": row["model_a"], "b": row["model_b"]}.get(row["choice"], row["choice"])
+        models = {"first": vote["first_model"], "second": vote["second_model"]}
+        assert won == models.get(vote["preferred"], vote["preferred"])
+        # `vote_all` rates what it chooses as A, and comments on what it chooses as B.
+        assert row["criteria"] == ({"helpful": "a"} if row["choice"] == "a" else {})
+        assert row["comment"] == ("because, äöü" if row["choice"] == "b" else "")
+        assert row["seconds"] == (9.0 if row["annotator"] == "bob" else 5.0)
+        assert row["time"].endswith("+00:00")
+    assert {row["model_a"] for row in rows} == set(MODELS)
+    done = run("export", "--votes", str(tmp_path / "few.jsonl"), "--min-gold-accuracy", "0.5", *database)
+    assert "12 votes (gold_accuracy 6, gold_check 6)" in done.output
+    for arguments in ([], ["--votes", "votes.txt"], ["--votes", "v.jsonl", "--min-votes", "2"]):
+        assert run("export", *arguments, *database).exit_code == 2
+
+
 @pytest.mark.parametrize("tool", ["argilla", "label-studio"])
 def test_other_tools_give_back_what_they_got(voted: World, tmp_path: Path, tool: exchange.Tool) -> None:
     file = tmp_path / "rows.json"
@@ -365,6 +391,16 @@ def test_the_commands_from_study_to_preferences(tmp_path: Path, monkeypatch: pyt
     assert "there_already 3" in run("import", "tasks.json", "--from", "label-studio").output
     assert run("annotators", "revoke", "ann").exit_code == 0
     assert "revoked" in run("annotators", "list").stdout
+
+
+def test_a_name_that_tells_a_model_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "samples.jsonl", [answers(0)])
+    done = run("create", "name=Zebra-70B_first", "items=.")
+    assert done.exit_code == 0
+    assert "warning: annotators see name" in done.output
+    assert "name zebra-70b" in done.output
+    assert "warning" not in run("create", "name=aardvark-7bb", "items=.").output
 
 
 def test_two_studies_in_one_database(tmp_path: Path) -> None:

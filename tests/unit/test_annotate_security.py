@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import html
 import re
+import resource
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from annotation_study import MODELS, World, answers, make_world, write_rows
 from fastapi.testclient import TestClient
+from uvicorn.server import ServerState
 
 from eval.annotate import security
 from eval.annotate.database import SqliteSession
 from eval.annotate.security import Guesses, HttpError, Origins, origins
+from eval.annotate.server import Hurried, serve
 from eval.annotate.store import revoke_annotator
 from posttrain.errors import UserError
 
@@ -230,6 +234,77 @@ def test_guesses_are_limited_by_address(world: World) -> None:
     assert elsewhere.get("/login").status_code == 200
 
 
+def test_guesses_of_a_neighbour_do_not_lock_out_who_was_there_before(world: World) -> None:
+    browser = logged_in(world)
+    form = vote_form(browser.get("/").text)["form"]
+    assert send(browser, "/logout", {"form": form}).status_code == 303
+    neighbour = TestClient(browser.app, base_url=URL, follow_redirects=False)
+    codes = [log_in(neighbour, f"pa-wrong-{n}").status_code for n in range(security.GUESSES + 1)]
+    assert codes[-1] == 429
+    forged = TestClient(browser.app, base_url=URL, follow_redirects=False)
+    forged.cookies.set("annotate-visitor", "made-up." + "0" * 64, domain="127.0.0.1")
+    assert log_in(forged, world.tokens["ann"]).status_code == 429
+    assert log_in(browser, world.tokens["ann"]).status_code == 303
+    # A browser that is known has its own limit, no freedom.
+    codes = [log_in(browser, f"pa-wrong-{n}").status_code for n in range(security.GUESSES + 1)]
+    assert codes[0] == 403
+    assert 429 in codes
+
+
+def test_a_whole_network_of_ipv6_is_one_address() -> None:
+    """Whoever has one IPv6 address usually has 2^64 of them."""
+    guesses = Guesses(lambda: 0.0)
+
+    async def wrong() -> None:
+        return None
+
+    for n in range(security.GUESSES):
+        asyncio.run(guesses.attempt(f"2001:db8::{n:x}", wrong))
+    with pytest.raises(HttpError, match="Too many wrong"):
+        guesses.check("2001:db8::ffff:1")
+    guesses.check("2001:db8:0:1::1")
+    assert security.network("::ffff:10.0.0.1") != security.network("::ffff:10.0.0.2")
+
+
+def test_a_proxy_is_an_address(world: World) -> None:
+    """With `*`, uvicorn would count guesses by whatever X-Forwarded-For a client makes up."""
+    for proxy in ("*", "proxy.example.org", "127.0.0.1,*"):
+        with pytest.raises(UserError, match="--proxy"):
+            serve(world.database.url, proxy=proxy)
+    security.check_proxy("10.0.0.0/24")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost: 127."])
+def test_clients_that_send_no_request_are_let_go(
+    world: World, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr("eval.annotate.server.HEAD_SECONDS", 0.1)
+
+    async def slow() -> tuple[bytes, bytes]:
+        config = uvicorn.Config(world.app(), ws="none", lifespan="off")
+        config.load()
+        state = ServerState()
+        listening = await asyncio.get_running_loop().create_server(
+            lambda: Hurried(config=config, server_state=state, app_state={}), "127.0.0.1", 0
+        )
+        port = listening.sockets[0].getsockname()[1]
+        async with listening:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            nothing = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /login HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            page = await asyncio.wait_for(reader.read(), 10)
+            writer.close()
+        assert not state.connections
+        return nothing, page
+
+    nothing, page = asyncio.run(slow())
+    assert nothing == b""
+    assert page.startswith(b"HTTP/1.1 200")
+
+
 def test_unknown_revoked_and_malformed_tokens_get_one_answer(world: World) -> None:
     world.person("ann")
     revoke_annotator(world.database, world.study, "ann")
@@ -363,6 +438,30 @@ def test_the_database_going_away_is_said_and_nothing_acknowledged(world: World, 
     assert count(world) == 0
     assert send(browser, "/vote", {**form, "choice": "a"}).status_code == 303
     assert count(world) == 1
+
+
+def test_a_full_disk_is_said_and_no_vote_acknowledged(world: World) -> None:
+    browser = logged_in(world)
+    kept, codes = [], []
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    form = vote_form(browser.get("/").text)
+    full = Path(f"{world.database.url}-wal").stat().st_size
+    # A file that may not grow is what SQLite sees of a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (full, unlimited[1]))
+    try:
+        for _ in range(6):
+            answer = send(browser, "/vote", {**form, "choice": "a", "comment": "x" * 4000})
+            codes.append(answer.status_code)
+            kept += [form["nonce"]] if answer.status_code == 303 else []
+            form = vote_form(browser.get("/").text) or form
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert 503 in codes
+    assert "sends it again" in answer.text
+    assert {row["nonce"] for row in world.rows("SELECT nonce FROM votes")} == set(kept)
+    form = vote_form(browser.get("/").text)
+    assert send(browser, "/vote", {**form, "choice": "a"}).status_code == 303
+    assert count(world) == len(kept) + 1
 
 
 def test_who_listens_for_others_says_under_which_address() -> None:

@@ -4,8 +4,11 @@ const form = document.getElementById("vote");
 const comment = document.getElementById("comment");
 const saved = document.getElementById("saved");
 const KEYS = { ArrowLeft: "1", ArrowRight: "2", ArrowUp: "3", ArrowDown: "4" };
+// The second click of a double click would be a vote on the next item, unseen.
+const UNSEEN_MILLISECONDS = 300;
 let sent = false;
 let waiting = 0;
+setTimeout(() => { form.dataset.ready = ""; }, UNSEEN_MILLISECONDS);
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.altKey || event.metaKey || event.isComposing || event.repeat) return;
@@ -29,7 +32,9 @@ document.addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("submit", (event) => {
-  if (sent) event.preventDefault();
+  const unseen = event.submitter && event.submitter.name === "choice" && !("ready" in form.dataset);
+  if (sent || unseen) event.preventDefault();
+  if (unseen) return;
   sent = true;
   clearTimeout(waiting);
 });
