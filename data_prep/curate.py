@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 REVIEW_FILE = "review.jsonl"
 """Rows that an operation lists for a reader, when there are any."""
+REJECTED_FILE = "rejected.jsonl"
+"""Dropped rows in full, where the configuration asks for them."""
 
 
 def run(config: CurateConfig, context: StageContext, sizes: Sizes | None = None) -> dict[str, Any]:
@@ -274,6 +276,9 @@ def write_directory(
         join_lines(staging / "rejects.jsonl", store, "rejects", passes, curated.chunks)
         if join_lines(staging / REVIEW_FILE, store, "reviews", passes, curated.chunks):
             names.insert(0, REVIEW_FILE)
+        if config.rejected_rows:
+            join_lines(staging / REJECTED_FILE, store, "dropped_rows", passes, curated.chunks)
+            names.insert(0, REJECTED_FILE)
         dropped = curated.dropped()
         places = sample_places(curated.rows["train"])
         shown = samples(store, curated.last, curated.sides["train"], config.kind, places)

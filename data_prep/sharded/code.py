@@ -18,7 +18,9 @@ PACKAGES = ("ftfy", "presidio-analyzer", "py3langid", "sentence-transformers", "
 def code_hash(config: CurateConfig) -> str:
     """Hash of this package's files, of the modules of scorers, and of the versions of the libraries."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
-    files += [file for at in config.operations if isinstance(at, ToxicityConfig) for file in _module(at.scorer)]
+    files += [
+        file for at in config.operations if isinstance(at, ToxicityConfig) for file in _module(at.scorer)
+    ]
     return hash_json([[hash_file(file) for file in files], package_versions(), _versions()])
 
 
@@ -30,8 +32,10 @@ def _module(scorer: str) -> list[Path]:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        found.name: found.version
-        for found in importlib.metadata.distributions()
-        if found.name.lower() in PACKAGES
-    }
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

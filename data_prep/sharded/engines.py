@@ -139,7 +139,7 @@ def _without_script() -> Iterator[None]:
 
 _setup: list[Setup] = []
 _worker: list[Worker] = []
-"""The one of this process, made for its first task, so that what speaks against it is an error of the task."""
+"""The one of this process, made for its first task: what speaks against it is then an error of the task."""
 
 
 def _start(setup: Setup) -> None:

@@ -15,7 +15,7 @@ from data_prep.operations.engine import Step
 from data_prep.records import Record
 from posttrain.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Of the files in the work directory: those of another version are not gone on with."""
 READ = 0
 """Number of the segment that reads."""
