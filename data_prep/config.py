@@ -295,6 +295,11 @@ class CurateConfig(StageConfig):
         description="Most rows of a parquet file: a side of more is written as "
         "train-00000-of-00003.parquet and so on.",
     )
+    rejected_rows: bool = Field(
+        False,
+        description="Write every dropped row in full to rejected.jsonl, with the step that dropped it and "
+        "why; redacted where an operation redacts. Rows that could not be read are in rejects.jsonl alone.",
+    )
 
     @property
     def operates(self) -> bool:

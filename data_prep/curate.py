@@ -18,8 +18,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
-
 from data_prep.card import card_markdown
 from data_prep.config import CurateConfig
 from data_prep.curate_checks import check_left, check_split
@@ -32,11 +30,12 @@ from data_prep.operations.engine import Step
 from data_prep.operations.personal import scrubber
 from data_prep.page import report_html, sample_places
 from data_prep.sharded import reading
+from data_prep.sharded.code import code_hash
 from data_prep.sharded.driver import Curated, Driver
 from data_prep.sharded.engines import make_engine
 from data_prep.sharded.memory import release_memory
 from data_prep.sharded.output import content_hash, join_lines, move, samples, write_side
-from data_prep.sharded.plan import FORMAT, READ, Setup, Sizes
+from data_prep.sharded.plan import FORMAT, READ, EngineError, Setup, Sizes
 from data_prep.sharded.store import NAME, Store
 from posttrain.config import how_fields
 from posttrain.errors import ConfigError, DataError, Problem, RequeueError, UserError
@@ -49,6 +48,8 @@ if TYPE_CHECKING:
 
 REVIEW_FILE = "review.jsonl"
 """Rows that an operation lists for a reader, when there are any."""
+REJECTED_FILE = "rejected.jsonl"
+"""Dropped rows in full, where the configuration asks for them."""
 
 
 def run(config: CurateConfig, context: StageContext, sizes: Sizes | None = None) -> dict[str, Any]:
@@ -74,6 +75,9 @@ def run(config: CurateConfig, context: StageContext, sizes: Sizes | None = None)
             with context.phase("write"):
                 info = describe(config, curated, store)
                 write_directory(context.run_dir, config, info, curated, store)
+    except (ConfigError, EngineError):
+        # Of the engine, which is no part of the plan: what was done is gone on with.
+        raise
     except UserError:
         # What has to be corrected makes another plan; rows as they were read do not stay here.
         store.remove()
@@ -96,7 +100,7 @@ def _plan(config: CurateConfig, context: StageContext, sizes: Sizes) -> str:
     return hash_json(
         {
             "format": FORMAT,
-            "arrow": pa.__version__,
+            "code": code_hash(config),
             "config": config.model_dump(mode="json", exclude=how_fields(config)),
             "inputs": {name: found.content_hash for name, found in sorted(context.inputs.items())},
             "sizes": vars(sizes),
@@ -112,7 +116,7 @@ def _cleaning(steps: Sequence[Step]) -> Iterator[None]:
         yield
     except UserError as error:
         # A ConfigError shows the configuration, not rows.
-        if clean is None or isinstance(error, ConfigError):
+        if clean is None or isinstance(error, (ConfigError, EngineError)):
             raise
         raise DataError("\n".join(map(clean, str(error).split("\n")))) from None
 
@@ -272,6 +276,9 @@ def write_directory(
         join_lines(staging / "rejects.jsonl", store, "rejects", passes, curated.chunks)
         if join_lines(staging / REVIEW_FILE, store, "reviews", passes, curated.chunks):
             names.insert(0, REVIEW_FILE)
+        if config.rejected_rows:
+            join_lines(staging / REJECTED_FILE, store, "dropped_rows", passes, curated.chunks)
+            names.insert(0, REJECTED_FILE)
         dropped = curated.dropped()
         places = sample_places(curated.rows["train"])
         shown = samples(store, curated.last, curated.sides["train"], config.kind, places)

@@ -17,6 +17,7 @@ from typing import Any
 from data_prep.config import ReadConfig
 from data_prep.dataset import SPLITS, split_files
 from data_prep.json_rows import json_rows, jsonl_rows
+from data_prep.records import printable
 from data_prep.streams import BadRow, Damage, FileFacts, utf8_chunks
 from data_prep.table_rows import csv_rows, parquet_rows, text_rows
 from posttrain.errors import DataError
@@ -174,10 +175,11 @@ def _rows(path: Path, read: ReadConfig, facts: FileFacts) -> Iterator[tuple[int,
 def display_names(paths: list[Path]) -> dict[Path, str]:
     """Short names for messages and the `source` column: relative to the folder that all the files share.
 
-    They do not depend on where the data lie, so neither do the data set's bytes.
+    They do not depend on where the data lie, so neither do the data set's bytes. Bytes of a file name that
+    are no UTF-8 become escapes.
     """
     resolved = {path: path.resolve() for path in paths}
     if not resolved:
         return {}
     root = os.path.commonpath([path.parent for path in resolved.values()])
-    return {path: where.relative_to(root).as_posix() for path, where in resolved.items()}
+    return {path: printable(where.relative_to(root).as_posix()) for path, where in resolved.items()}

@@ -23,7 +23,7 @@ from data_prep.files import BadRow, read_rows, sha256_file
 from data_prep.formats import FORMATS
 from data_prep.hub import hub_rows
 from data_prep.projections import PROJECTIONS, project
-from data_prep.records import InvalidRecord, Kind, Record, excerpt
+from data_prep.records import InvalidRecord, Kind, Record, check_unicode, excerpt, printable
 from data_prep.split import default_group
 from posttrain.errors import DataError
 
@@ -134,7 +134,7 @@ def parsed(
 ) -> Record | Reject:
     """One row of a file called `name`, in the format `form`, as a record of `kind` with source and group."""
     if isinstance(row, BadRow):
-        return Reject(name, line, row.reason, row.detail, excerpt(row.raw))
+        return Reject(name, line, row.reason, printable(row.detail), excerpt(row.raw))
     row = prepared(row, source)
     try:
         record = FORMATS[form].parse(row)
@@ -142,10 +142,12 @@ def parsed(
         group = _group(row, source.group_column) if source.group_column else default_group(record)
         meta = _with_columns(record.meta, row, source.meta_columns)
         own = _id(row, source.id_column) if source.id_column else record.id
+        for where, value in (("the id", own), ("the group", group), ("the meta", meta)):
+            check_unicode(value, where)
         record = replace(record, id=own, source=f"{name}:{line}", group=group, meta=meta)
         return project(record, kind, source.use)
     except InvalidRecord as error:
-        return Reject(name, line, error.reason, str(error), excerpt(row))
+        return Reject(name, line, error.reason, printable(str(error)), excerpt(row))
 
 
 def _detected(source: SourceConfig, kind: Kind, place: str, rows: RawRows, report: SourceReport) -> RawRows:

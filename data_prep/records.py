@@ -33,8 +33,13 @@ class InvalidRecord(ValueError):
 def excerpt(value: Any, limit: int = 160) -> str:
     """One-line, shortened, printable form of any value, for messages and rejects.jsonl."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    text = " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    text = printable(" ".join(text.split()))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """The text with lone surrogates, which UTF-8 cannot hold, as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def check_text(value: Any, where: str) -> None:
@@ -45,6 +50,11 @@ def check_text(value: Any, where: str) -> None:
         )
     if not value.strip():
         raise InvalidRecord("empty_content", f"{where} is empty")
+    check_unicode(value, where)
+
+
+def check_unicode(value: str, where: str) -> None:
+    """Raises InvalidRecord unless UTF-8 can hold `value`."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

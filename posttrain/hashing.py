@@ -19,7 +19,7 @@ _NOT_CONTENT = ("training_args.bin", "README.md", ".gitattributes")
 def hash_json(value: Any) -> str:
     """Hash of a JSON value in canonical form: sorted keys, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def hash_file(path: Path) -> str:

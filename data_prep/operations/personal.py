@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -123,6 +123,23 @@ class Scrubber:
         rules = tuple(dict.fromkeys(rule for each in self.operations for rule in each.rules))
         searches = tuple(dict.fromkeys(search for each in self.operations for search in each.searches))
         return Redactor(rules, searches).redact(text)
+
+    def row(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of a row with all of their texts redacted, those inside meta too."""
+        rules = tuple(dict.fromkeys(rule for each in self.operations for rule in each.rules))
+        searches = tuple(dict.fromkeys(search for each in self.operations for search in each.searches))
+        redact = Redactor(rules, searches).redact
+
+        def cleaned(name: str, value: Any) -> Any:
+            if name in ("id", "group"):
+                return self.name(value)
+            if name == "meta":
+                return json.dumps(_walk(json.loads(value), redact), ensure_ascii=False, sort_keys=True)
+            if isinstance(value, list):
+                return [{key: redact(text) for key, text in turn.items()} for turn in value]
+            return redact(value) if isinstance(value, str) else value
+
+        return {name: cleaned(name, value) for name, value in columns.items()}
 
     def name(self, id: str) -> str:
         """The id as it is, or will be, in the data set."""

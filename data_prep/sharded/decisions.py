@@ -62,7 +62,7 @@ def decide(store: Store, segment: int, operation: CorpusOperation, rows: Sequenc
 def _once(store: Store, segment: int, decide: Any) -> Decision:
     """The decision of an earlier attempt, or made now."""
     file = store.segment(segment) / "decided.json"
-    if not file.exists():
+    if read_json(file) is None:
         release_memory()
         write_json(file, vars(decide()))
         release_memory()

@@ -1,4 +1,6 @@
-"""What is said of the rows of one chunk: lines of rejects.jsonl and review.jsonl, and a tally a step."""
+"""What is said of the rows of one chunk: lines of rejects.jsonl, review.jsonl and rejected.jsonl, and a tally
+a step.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from data_prep.dataset import to_row
 from data_prep.ingest import Reject
 from data_prep.operations.base import Dropped, Kept, Row
 from data_prep.operations.engine import EXAMPLE_CHARS, REVIEW_CHARS, Tally
@@ -27,13 +30,20 @@ def cleaned(at: Reject, clean: Scrubber | None) -> Reject:
 
 @dataclass
 class StepLog:
-    """Of one step over one chunk. clean: redacts what is shown, None where no operation redacts."""
+    """Of one step over one chunk. clean: redacts what is shown, None where no operation redacts.
+
+    step, operation: its number and name for rejected.jsonl; full: whether dropped rows are written there.
+    """
 
     clean: Scrubber | None
     examples: int = 0
+    step: int = 0
+    operation: str = ""
+    full: bool = False
     tally: Tally = field(default_factory=Tally)
     rejects: list[str] = field(default_factory=list)
     reviews: list[str] = field(default_factory=list)
+    dropped_rows: list[str] = field(default_factory=list)
 
     def show(self, text: str, limit: int) -> str:
         """The text shortened; where an operation redacts, it is redacted whole before it is cut."""
@@ -45,16 +55,36 @@ class StepLog:
         """Note a row that goes, and keep it as an example while there are few."""
         text = self.show(row.record.turns()[0][1], EXAMPLE_CHARS)
         detail = self.clean(verdict.detail) if self.clean else verdict.detail
-        self.rejected(Reject(row.file, row.line, verdict.reason, detail, text))
+        reject = Reject(row.file, row.line, verdict.reason, detail, text)
+        self.rejected(reject, self.in_full(row, reject, self.operation))
         shown = self.tally.examples.setdefault(verdict.reason, [])
         if len(shown) < self.examples:
             said = self.show(verdict.detail, EXAMPLE_CHARS)
             shown.append({"at": f"{row.file}:{row.line}", "detail": said, "excerpt": text})
 
-    def rejected(self, at: Reject) -> None:
-        """Note a line of rejects.jsonl as it is."""
+    def rejected(self, at: Reject, in_full: str | None = None) -> None:
+        """Note a line of rejects.jsonl as it is, and that of rejected.jsonl."""
         self.tally.drop(at)
         self.rejects.append(line_of(asdict(at)))
+        if in_full is not None:
+            self.dropped_rows.append(in_full)
+
+    def in_full(self, row: Row, at: Reject, operation: str) -> str | None:
+        """The line of rejected.jsonl for a row; None where that is not written. at: cleaned already."""
+        if not self.full:
+            return None
+        columns = to_row(row.record)
+        return line_of(
+            {
+                "file": at.file,
+                "line": at.line,
+                "step": self.step,
+                "operation": operation,
+                "reason": at.reason,
+                "detail": at.detail,
+                "row": self.clean.row(columns) if self.clean else columns,
+            }
+        )
 
     def reviewed(self, row: Row, verdict: Kept) -> None:
         """Note a line of review.jsonl."""

@@ -80,7 +80,7 @@ def samples(
 def join_lines(file: Path, store: Store, what: str, segments: Sequence[int], chunks: int) -> bool:
     """Write what the steps said of the rows: step by step, in each in the order of the rows.
 
-    what: rejects or reviews. Returns whether there is anything.
+    what: rejects, reviews or dropped_rows. Returns whether there is anything.
     """
     with file.open("wb") as out:
         for segment in segments:

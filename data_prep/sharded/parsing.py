@@ -27,11 +27,11 @@ read, the hash of the id that it wants.
 
 @dataclass
 class Parsed:
-    """Of one chunk. read: rows; dropped: (place among the rows read, why)."""
+    """Of one chunk. read: rows; dropped: (place among the rows read, why, the row that a filter dropped)."""
 
     read: int = 0
     rows: list[Row] = field(default_factory=list)
-    dropped: list[tuple[int, Reject]] = field(default_factory=list)
+    dropped: list[tuple[int, Reject, Row | None]] = field(default_factory=list)
     _keys: list[bytes] = field(default_factory=list)
     _at: list[int] = field(default_factory=list)
 
@@ -74,7 +74,7 @@ def _add(
     config: CurateConfig, found: Parsed, file: str, line: int, label: str, record: Record | Reject
 ) -> None:
     if isinstance(record, Reject):
-        found.dropped.append((found.read, record))
+        found.dropped.append((found.read, record, None))
         return
     group = record.group or default_group(record)
     if config.last_user_turns is not None:
@@ -82,7 +82,9 @@ def _add(
     verdict = _filtered(config, record)
     if verdict is not None:
         text = excerpt(record.turns()[0][1])
-        found.dropped.append((found.read, Reject(file, line, *verdict, text)))
+        held = replace(record, id=record.id or content_key(record)[:16], group=group)
+        row = Row(held, file, line, label)
+        found.dropped.append((found.read, Reject(file, line, *verdict, text), row))
         return
     key = content_key(record)
     if config.split.by == "record":

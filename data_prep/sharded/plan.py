@@ -13,11 +13,16 @@ from data_prep.operations.base import MapOperation
 from data_prep.operations.build import Surroundings, build
 from data_prep.operations.engine import Step
 from data_prep.records import Record
+from posttrain.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Of the files in the work directory: those of another version are not gone on with."""
 READ = 0
 """Number of the segment that reads."""
+
+
+class EngineError(UserError):
+    """What runs the tasks is not to be had. Nothing is wrong with the rows, so what is done stays."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from data_prep.sharded.plan import Setup, Task
+from data_prep.sharded.plan import EngineError, Setup, Task
 from data_prep.sharded.tasks import Worker
 from posttrain.errors import ConfigError, DataError, PosttrainError, Problem, UserError
 
@@ -37,7 +37,7 @@ class RayEngine:
 
     workers: most tasks at a time; None: as many as the cluster has processors. Ray begins at the first task,
     and what was started here is stopped at the end. Raises ConfigError where the cluster cannot be reached,
-    DataError where one of its machines does not see the work directory.
+    EngineError where one of its machines does not see the work directory.
     """
 
     def __init__(self, setup: Setup, address: str | None, workers: int | None) -> None:
@@ -143,6 +143,14 @@ def _quiet(context: Any) -> Iterator[None]:
         log.setLevel(level)
 
 
+_ERRORS: dict[str, type[PosttrainError]] = {
+    "engine": EngineError,
+    "user": UserError,
+    "internal": PosttrainError,
+}
+"""What an error of a task is to the driver, the most special first."""
+
+
 def do(row: dict[str, Any]) -> dict[str, Any]:
     """Run one task in a process of the cluster. Errors that are for the user come back as values: in Ray's
     own they would be wrapped in its traces.
@@ -150,11 +158,10 @@ def do(row: dict[str, Any]) -> dict[str, Any]:
     task: Task = pickle.loads(row["task"])
     try:
         said = _worker(row["setup"]).run(task)
-    except UserError as error:
-        return {"chunk": task.chunk, "said": b"", "user": True, "error": str(error)}
     except PosttrainError as error:
-        return {"chunk": task.chunk, "said": b"", "user": False, "error": str(error)}
-    return {"chunk": task.chunk, "said": pickle.dumps(said), "user": False, "error": ""}
+        kind = next(name for name, known in _ERRORS.items() if isinstance(error, known))
+        return {"chunk": task.chunk, "said": b"", "kind": kind, "error": str(error)}
+    return {"chunk": task.chunk, "said": pickle.dumps(said), "kind": "", "error": ""}
 
 
 @lru_cache(maxsize=1)
@@ -165,7 +172,7 @@ def _worker(setup: bytes) -> Worker:
     pyarrow.set_cpu_count(1)
     found: Setup = pickle.loads(setup)
     if not found.root.is_dir():
-        raise UserError(
+        raise EngineError(
             f"engine ray: machine {socket.gethostname()} of the cluster does not see {found.root}\n"
             "    put the run directory (and the stage's inputs) on a file system that all machines share"
         )
@@ -174,5 +181,6 @@ def _worker(setup: bytes) -> Worker:
 
 def _result(row: dict[str, Any]) -> Result:
     if row["error"]:
-        raise (DataError if row["user"] else PosttrainError)(row["error"])
+        error = _ERRORS[row["kind"]]
+        raise (DataError if error is UserError else error)(row["error"])
     return row["chunk"], pickle.loads(row["said"])

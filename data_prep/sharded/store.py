@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,10 +99,17 @@ class Store:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `file` when the block succeeds."""
-    beside = file.with_name(f"{file.name}.part")
-    yield beside
-    os.replace(beside, file)
+    """A name to write to, which becomes `file` when the block succeeds.
+
+    It is new each time: a process that was given up for lost may be writing the same file still.
+    """
+    beside = file.with_name(f"{file.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield beside
+        os.replace(beside, file)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def write_json(file: Path, value: Any) -> None:

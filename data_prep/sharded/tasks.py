@@ -21,6 +21,8 @@ from data_prep.sharded.plan import READ, Part, Segment, Setup, Task, segments
 from data_prep.sharded.sides import own_groups, put
 from data_prep.sharded.store import Store, read_json, read_table, replacing, write_json, write_table
 
+LINES = ("rejects", "reviews", "dropped_rows")
+"""What is said of rows, a file of each kind a chunk."""
 SIDES = ("train.arrow", "eval.arrow", "train.lines", "eval.lines", "train.groups", "eval.groups")
 
 
@@ -45,16 +47,18 @@ class Worker:
 
     def _read(self, chunk: int, parts: Sequence[Part]) -> dict[str, Any]:
         found = parse(self.config, parts)
-        log = StepLog(self.clean)
+        log = self._log(0)
         log.tally.rows_in, log.tally.rows_out = found.read, len(found.rows)
-        dropped = [(at, cleaned(reject, self.clean)) for at, reject in found.dropped]
-        for _, reject in dropped:
-            log.tally.drop(reject)
+        dropped: list[tuple[int, dict[str, Any], str | None]] = []
+        for at, reject, row in found.dropped:
+            said = cleaned(reject, self.clean)
+            log.tally.drop(said)
+            dropped.append((at, asdict(said), log.in_full(row, said, "filters") if row else None))
         write_table(self.store.file(READ, chunk, "rows.arrow"), table_of(found.rows, self.kind))
         write_table(self.store.file(READ, chunk, "keys.arrow"), found.keys())
-        write_json(self.store.file(READ, chunk, "drops"), [(at, asdict(reject)) for at, reject in dropped])
-        said = {"rows": len(found.rows), "tallies": {"0": log.tally.as_json()}}
-        return self.store.finish(READ, chunk, said, ("rows.arrow", "keys.arrow", "drops"))
+        write_json(self.store.file(READ, chunk, "drops"), dropped)
+        result = {"rows": len(found.rows), "tallies": {"0": log.tally.as_json()}}
+        return self.store.finish(READ, chunk, result, ("rows.arrow", "keys.arrow", "drops"))
 
     def _step(self, segment: Segment, task: Task) -> dict[str, Any]:
         at, chunk = segment.number, task.chunk
@@ -62,7 +66,7 @@ class Worker:
         verdicts = self._verdicts(at, chunk)
         logs: dict[int, StepLog] = {}
         if segment.decided == 0:
-            logs[0] = StepLog(self.clean)
+            logs[0] = self._log(0)
             rows = self._unique(chunk, rows, verdicts, logs[0])
             made: list[int] = []
         else:
@@ -88,7 +92,7 @@ class Worker:
             rows = own_groups(self.config, rows)
         table = table_of(rows, self.kind)
         if task.writes:
-            last = logs[len(self.steps) + 1] = StepLog(self.clean)
+            last = logs[len(self.steps) + 1] = self._log(len(self.steps) + 1)
             said |= put(self.config, self.store, at, chunk, table, last)
             files += SIDES
         else:
@@ -103,18 +107,23 @@ class Worker:
         if joined.exists():
             place = table.schema.get_field_index("group")
             table = table.set_column(place, table.schema.field("group"), read_table(joined).column("group"))
-        log = StepLog(self.clean)
+        log = self._log(len(self.steps) + 1)
         said = {"rows": table.num_rows, **put(self.config, self.store, at, chunk, table, log)}
         return self._finish(at, chunk, said, list(SIDES), {len(self.steps) + 1: log})
 
     def _log(self, number: int) -> StepLog:
-        return StepLog(self.clean, self.steps[number - 1].examples)
+        """Of a step, of reading (0), or of the split (the last one)."""
+        examples, name = 0, "split"
+        if 0 < number <= len(self.steps):
+            step = self.steps[number - 1]
+            examples, name = step.examples, step.name
+        return StepLog(self.clean, examples, number, name, self.config.rejected_rows)
 
     def _finish(
         self, at: int, chunk: int, said: dict[str, Any], files: list[str], logs: dict[int, StepLog]
     ) -> dict[str, Any]:
         """Write what was said of rows, and how much of it each step said."""
-        for what in ("rejects", "reviews"):
+        for what in LINES:
             sizes: dict[str, int] = {}
             with replacing(self.store.file(at, chunk, what)) as beside, beside.open("wb") as stream:
                 for number, log in sorted(logs.items()):
@@ -123,7 +132,7 @@ class Worker:
         for log in logs.values():
             assert log.tally.conserved()
         said["tallies"] = {str(number): log.tally.as_json() for number, log in logs.items()}
-        return self.store.finish(at, chunk, said, [*files, "rejects", "reviews"])
+        return self.store.finish(at, chunk, said, [*files, *LINES])
 
     def _verdicts(self, segment: int, chunk: int) -> list[tuple[int, Stays | Dropped]]:
         file = self.store.file(segment, chunk, "verdicts.arrow")
@@ -137,14 +146,17 @@ class Worker:
         """The rows that repeat no other, with ids of their own; drops of reading and these in one order."""
         log.tally.rows_out = log.tally.rows_in = 0
         places = read_table(self.store.file(READ, chunk, "keys.arrow"), ["at"]).column("at").to_pylist()
-        drops = [(at, Reject(**said)) for at, said in read_json(self.store.file(READ, chunk, "drops"))]
+        drops: list[tuple[int, Reject, str | None]] = [
+            (at, Reject(**said), line) for at, said, line in read_json(self.store.file(READ, chunk, "drops"))
+        ]
         again = {place: verdict for place, verdict in verdicts if isinstance(verdict, Dropped)}
         for place, verdict in again.items():
             row = rows[place]
-            reject = Reject(row.file, row.line, verdict.reason, verdict.detail, _beginning(row))
-            drops.append((places[place], cleaned(reject, self.clean)))
-        for _, reject in sorted(drops, key=lambda drop: drop[0]):
-            log.rejected(reject)
+            said = Reject(row.file, row.line, verdict.reason, verdict.detail, _beginning(row))
+            reject = cleaned(said, self.clean)
+            drops.append((places[place], reject, log.in_full(row, reject, "dedup")))
+        for _, reject, line in sorted(drops, key=lambda drop: drop[0]):
+            log.rejected(reject, line)
         names = dict(self._names(chunk))
         kept = [
             replace(row, record=replace(row.record, id=names[place])) if place in names else row
