@@ -109,14 +109,14 @@ def model_pairs(a: EvalRun, b: EvalRun, wanted: Sequence[str]) -> list[tuple[str
             f"no model of {a.name} ({', '.join(a.models)}) is in {b.name} ({', '.join(b.models)})\n"
             "    say which to compare: --model NAME_A=NAME_B"
         )
-    pairs = []
+    pairs: dict[tuple[str, str], None] = {}
     for item in wanted:
         first, _, second = item.partition("=")
         for name, run in ((first, a), (second or first, b)):
             if name not in run.models:
                 raise UserError(f"--model {item}: {run.name} has no '{name}'; it has {', '.join(run.models)}")
-        pairs.append((first, second or first))
-    return pairs
+        pairs[first, second or first] = None
+    return list(pairs)
 
 
 def both_in(a: EvalRun, b: EvalRun, names: Sequence[str]) -> list[tuple[str, str]]:

@@ -127,6 +127,9 @@ class Asker:
             except BaseException:
                 self._stop.set()
                 raise
+        for question, messages in waiting:  # after a stop: what is paid for already is read all the same
+            if self._stored(messages):
+                said[question] = self._question(messages)
         not_asked = Said("failed", detail="not asked")
         said = {question: said.get(question, not_asked) for question in questions}
         left = sum(one.status == "failed" for one in said.values())

@@ -16,8 +16,8 @@ import threading
 import time
 from collections import Counter
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
 import openai
 
 from eval.judging.config import EndpointJudge
@@ -46,14 +46,20 @@ class Endpoint:
         self._not_before = 0.0
         self._random = random.Random()
         # Without a key of its own the client would take OPENAI_API_KEY, and send it to a stranger.
-        self._client = openai.OpenAI(
-            api_key=key or _NO_KEY,
-            base_url=config.base_url,
-            max_retries=0,
-            timeout=config.timeout_s,
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
-            default_headers=_of_strangers(config.base_url),
-        )
+        try:
+            self._client = openai.OpenAI(
+                api_key=key or _NO_KEY,
+                base_url=config.base_url,
+                max_retries=0,
+                timeout=config.timeout_s,
+                http_client=openai.DefaultHttpxClient(follow_redirects=False),
+                default_headers=_of_strangers(config.base_url),
+            )
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{config.base_url}: cannot be asked ({self._redacted(str(error))})\n"
+                "    look at the address, and at HTTP_PROXY, HTTPS_PROXY and ALL_PROXY of the environment"
+            ) from None
 
     def body(self, messages: list[Message]) -> dict[str, Any]:
         """What is sent, the key apart."""
@@ -103,7 +109,6 @@ class Endpoint:
                 _MalformedError,
                 openai.APIResponseValidationError,
                 json.JSONDecodeError,
-                httpx.DecodingError,
             ) as error:
                 wait, problem, cause = (
                     self._pause(attempt),
@@ -207,7 +212,7 @@ class _MalformedError(Exception):
 
 def _of_strangers(base_url: str) -> dict[str, Any]:
     """Default headers: OPENAI_ORG_ID and OPENAI_PROJECT_ID of the environment are for OpenAI alone."""
-    if httpx.URL(base_url).host == "api.openai.com":
+    if urlsplit(base_url).hostname == "api.openai.com":
         return {}
     return {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 

@@ -85,6 +85,8 @@ def test_models_are_matched_by_name_or_as_told(runs: tuple[Path, Path], tmp_path
     figures = compare(runs[0], runs[0], Settings(models=["sft=ppo"], samples=200)).figures
     assert {row["verdict"] for row in figures["metrics"]} == {"no difference"}
     assert figures["texts"][0]["model"] == "sft -> ppo"
+    twice = compare(*runs, Settings(models=["ppo", "ppo=ppo"], samples=200)).figures
+    assert len(twice["texts"]) == 1
     with pytest.raises(UserError, match="every model equals itself"):
         compare(runs[0], runs[0], QUICK)
     with pytest.raises(UserError, match="--model dpo: .* has no 'dpo'; it has ppo, sft"):

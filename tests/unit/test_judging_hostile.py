@@ -256,3 +256,27 @@ def test_one_prompt_is_judged_and_reported(tmp_path: Path) -> None:
     assert pair["win_rate"]["n"] == 1
     assert pair["win_rate"]["low"] < pair["win_rate"]["high"]
     assert "NaN" not in (tmp_path / "run" / "judge.json").read_text()
+
+
+def test_what_is_paid_for_is_read_though_the_budget_is_spent(tmp_path: Path) -> None:
+    """The question that no longer fits stands before those whose replies are there."""
+    answers = write_answers(tmp_path / "a.jsonl", 4)
+    cache = str(tmp_path / "cache.sqlite")
+    with serving() as server:
+        config = configure(answers, server).model_copy(update={"cache": cache})
+        cost = execute(config, tmp_path / "all")["judges"]["llm"]["account"]["cost"]
+        store = ReplyStore(tmp_path / "cache.sqlite")
+        store._connection.execute("DELETE FROM replies WHERE rowid = 1")
+        poor = configure(answers, server, max_cost=cost).model_copy(update={"cache": cache})
+        with pytest.raises(UserError, match="7 of 8 verdicts of llm cost"):
+            execute(poor, tmp_path / "poor")
+    judge = json.loads((tmp_path / "poor" / "judge.json").read_text())["judges"]["llm"]
+    assert judge["account"]["requests"] == 0
+    assert judge["account"]["cost"] == pytest.approx(cost * 7 / 8)
+    assert judge["without_outcome"] == {"failed": 1}
+
+
+def test_a_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks9://nowhere:1")
+    with pytest.raises(UserError, match="HTTP_PROXY, HTTPS_PROXY and ALL_PROXY"):
+        Endpoint(judge("http://example.invalid/v1"), None, threading.Event())
