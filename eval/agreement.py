@@ -130,6 +130,8 @@ def krippendorff_alpha(
     table = np.asarray(ratings, dtype=np.float64)
     if table.ndim != 2:
         raise ValueError(f"ratings have shape (items, annotators), got {table.shape}")
+    if np.isinf(table).any():
+        raise ValueError("ratings are finite, or NaN where an annotator did not rate")
     codes = cluster_codes(clusters, len(table))
     kept = (~np.isnan(table)).sum(axis=1) >= 2
     if not kept.any():
@@ -213,6 +215,9 @@ def _same_length(a: Sequence[Any], b: Sequence[Any]) -> tuple[np.ndarray, np.nda
     first, second = np.asarray(a), np.asarray(b)
     if first.ndim != 1 or first.size == 0 or first.shape != second.shape:
         raise ValueError(f"two labels per item are needed, got shapes {first.shape} and {second.shape}")
+    for side in (first, second):
+        if side.dtype.kind == "f" and np.isnan(side).any():
+            raise ValueError("a label is NaN: leave out items that one of the two did not label")
     return first, second
 
 

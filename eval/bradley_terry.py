@@ -140,6 +140,9 @@ def ratings(
         prior: see `fit`.
         anchor: player whose strength is 0 and whose Elo is `base_elo`; without one the mean player.
 
+    With a prior, a player who won (or lost) every game does so in every resample too: the interval then only
+    shows what varies in the others' games, and has no width between two players. Read the win rate's instead.
+
     Raises ValueError where there is no finite table (see `fit`) or `anchor` did not play.
     """
     names = sorted({*first, *second})

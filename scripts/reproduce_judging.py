@@ -25,6 +25,8 @@ from eval.agreement import cohen_kappa
 from eval.judging.length_control import PENALTY, fit
 
 PENALTIES = (0.0, 0.001, 0.003, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.03, 0.05)
+ALPACA = ("preferences.parquet", "leaderboard.csv")
+PANDALM = ("testset-v1.json", "gpt-3.5-turbo-testset-v1.json", "pandalm-7b-testset-v1.json")
 ANNOTATORS = ("annotator1", "annotator2", "annotator3")
 
 
@@ -100,6 +102,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
+    for folder, names in ((arguments.alpaca, ALPACA), (arguments.pandalm, PANDALM)):
+        absent = [name for name in names if folder is not None and not (folder / name).is_file()]
+        if absent:
+            parser.error(f"{folder} has no {', '.join(absent)}")
     if arguments.alpaca:
         figures["length control"] = length_control(arguments.alpaca)
     if arguments.pandalm:

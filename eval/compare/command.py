@@ -16,6 +16,7 @@ from eval.compare.differences import (
     Correction,
     correct,
     differences,
+    left_out,
     slice_differences,
     slices_of,
     texts_shift,
@@ -67,6 +68,7 @@ def compare(first: Path, second: Path, settings: Settings) -> Compared:
         "slices": slices,
         "texts": [texts_shift(one) for one in aligned],
         "perplexity": [row for one in aligned for row in _perplexity(one)],
+        "left_out": [row for one in aligned for row in left_out(one)],
         "contamination": {
             one.label: {"a": contamination(a, one.a.model), "b": contamination(b, one.b.model)}
             for one in aligned
@@ -127,6 +129,8 @@ def show(figures: dict[str, Any], console: Console) -> None:
     for row in figures["perplexity"]:
         text = f"{row['model']}: perplexity on {row['data']} {row['a']:.3f} -> {row['b']:.3f}"
         wide.print(Text(text), soft_wrap=True)
+    for row in figures["left_out"]:
+        wide.print(Text(f"{row['model']}: {row['metric']} is not compared, {row['reason']}"), soft_wrap=True)
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:

@@ -17,7 +17,11 @@ def contamination(run: EvalRun, model: str) -> dict[str, Any]:
     status: "checked" where every data set of the lineage was decontaminated, "unchecked" where one was not,
     "unknown" where no data set can be found (models from elsewhere, directories that moved).
     """
-    refs = [parent["ref"] for parent in run.manifest["parents"] if parent["field"] == f"models.{model}"]
+    refs = [
+        parent["ref"]
+        for parent in run.manifest.get("parents", [])
+        if parent.get("field") == f"models.{model}"
+    ]
     return lineage([Path(ref) for ref in refs])
 
 

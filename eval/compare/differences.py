@@ -52,6 +52,21 @@ def differences(aligned: Aligned, confidence: float, samples: int, seed: int) ->
     return rows
 
 
+def left_out(aligned: Aligned) -> list[dict[str, str]]:
+    """The metrics that cannot be compared, each with the reason: not in both runs, or not of every answer."""
+    sides, rows = (("A", aligned.a), ("B", aligned.b)), []
+    names = dict.fromkeys(name for _, side in sides for name in (*side.scores, *side.partial))
+    for name in names:
+        reasons = [
+            f"{letter} has it for {side.partial.get(name, 0)} of {len(aligned.ids)} answers"
+            for letter, side in sides
+            if name not in side.scores
+        ]
+        if reasons:
+            rows.append({"model": aligned.label, "metric": name, "reason": " and ".join(reasons)})
+    return rows
+
+
 def _test(second: np.ndarray, first: np.ndarray, clusters: Sequence[str], seed: int) -> dict[str, Any]:
     binary = bool(np.isin(np.concatenate([first, second]), (0.0, 1.0)).all())
     if binary and len(set(clusters)) == len(clusters):

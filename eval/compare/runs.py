@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from eval.judging.rows import read_jsonl
+from eval.judging.rows import prompt_of, read_jsonl
 from posttrain.errors import DataError, UserError
 from posttrain.inputs import resolve
 
@@ -36,12 +37,16 @@ class EvalRun:
 
 @dataclass
 class Side:
-    """One model's answers, in the order of the prompts. scores: one number per prompt, by metric."""
+    """One model's answers, in the order of the prompts. scores: one number per prompt, by metric.
+
+    partial: metrics that only so many answers have a finite number of, which no mean can be taken of.
+    """
 
     run: EvalRun
     model: str
     texts: list[str]
     scores: dict[str, np.ndarray] = field(default_factory=dict)
+    partial: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,12 +74,24 @@ def load_run(path: Path) -> EvalRun:
         raise DataError(f"{file}: cannot be read ({error}); run the eval stage again") from None
     if not results.get("models"):
         raise DataError(f"{file}: compares no policies, so there is nothing to compare with another run")
-    samples = {}
-    for line, row in read_jsonl(found.path / "samples.jsonl"):
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("answers"), dict):
-            raise DataError(f"{found.path / 'samples.jsonl'}:{line}: is no line of an eval run")
-        samples[row["id"]] = row
-    return EvalRun(found.path, results, samples, manifest)
+    return EvalRun(found.path, results, _samples(found.path / "samples.jsonl", results["models"]), manifest)
+
+
+def _samples(file: Path, models: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The rows by prompt id. Raises DataError for a row without prompt or answers, or an id seen twice."""
+    samples: dict[str, dict[str, Any]] = {}
+    for line, row in read_jsonl(file):
+        identity, answers = row.get("id"), row.get("answers")
+        if not isinstance(identity, str) or not isinstance(answers, dict) or prompt_of(row, "") is None:
+            raise DataError(f"{file}:{line}: is no line of an eval run")
+        for name in models:
+            answer = answers.get(name)
+            if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
+                raise DataError(f"{file}:{line}: has no answer of {name}; run the eval stage again")
+        if identity in samples:
+            raise DataError(f"{file}:{line}: prompt {identity} is there twice; run the eval stage again")
+        samples[identity] = row
+    return samples
 
 
 def model_pairs(a: EvalRun, b: EvalRun, wanted: Sequence[str]) -> list[tuple[str, str]]:
@@ -92,14 +109,14 @@ def model_pairs(a: EvalRun, b: EvalRun, wanted: Sequence[str]) -> list[tuple[str
             f"no model of {a.name} ({', '.join(a.models)}) is in {b.name} ({', '.join(b.models)})\n"
             "    say which to compare: --model NAME_A=NAME_B"
         )
-    pairs = []
+    pairs: dict[tuple[str, str], None] = {}
     for item in wanted:
         first, _, second = item.partition("=")
         for name, run in ((first, a), (second or first, b)):
             if name not in run.models:
                 raise UserError(f"--model {item}: {run.name} has no '{name}'; it has {', '.join(run.models)}")
-        pairs.append((first, second or first))
-    return pairs
+        pairs[first, second or first] = None
+    return list(pairs)
 
 
 def both_in(a: EvalRun, b: EvalRun, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -120,7 +137,7 @@ def align(a: EvalRun, b: EvalRun, pair: tuple[str, str]) -> Aligned:
     sides = []
     for run, model in ((a, pair[0]), (b, pair[1])):
         answers = [run.samples[i]["answers"][model] for i in ids]
-        sides.append(Side(run, model, [answer["text"] for answer in answers], scores_of(answers)))
+        sides.append(Side(run, model, [answer["text"] for answer in answers], *scores_of(answers)))
     label = pair[0] if pair[0] == pair[1] else f"{pair[0]} -> {pair[1]}"
     clusters = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
     return Aligned(label, sides[0], sides[1], ids, rows, clusters)
@@ -142,11 +159,15 @@ def require_same_prompts(a: EvalRun, b: EvalRun) -> None:
     )
 
 
-def scores_of(answers: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Every number that all answers have, truth values as 0 and 1; nested ones as `group/name`."""
+def scores_of(answers: Sequence[dict[str, Any]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Every number that all answers have, truth values as 0 and 1, nested ones as `group/name`; and how many
+    answers have those that not all of them have.
+    """
     flat = [_flatten(answer) for answer in answers]
-    names = [name for name in flat[0] if all(name in one for one in flat)]
-    return {name: np.array([one[name] for one in flat], dtype=np.float64) for name in names}
+    counts = Counter(name for one in flat for name in one)
+    whole = [name for name, count in counts.items() if count == len(flat)]
+    scores = {name: np.array([one[name] for one in flat], dtype=np.float64) for name in whole}
+    return scores, {name: count for name, count in counts.items() if count < len(flat)}
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from posttrain.errors import UserError
 from posttrain.rundir import atomic_write_text
 
 Status = Literal["passed", "failed", "missing"]
+FEWEST_PROMPTS = 10
+"""Prompts below which `not_worse_than` gives no answer."""
+_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ def _not_worse(gate: Gate, run: str, config: GatesConfig) -> tuple[float, str, b
 
     other = gate.not_worse_than
     assert other is not None
-    model, score = _model_and_score(gate.metric)
     a, b = load_run(Path(other.run)), load_run(Path(run))
+    model, score = _model_and_score(gate.metric, b.models)
     for name, where in ((other.model or model, a), (model, b)):
         if name not in where.models:
             raise UserError(f"{where.path}: has no model '{name}'; it has {', '.join(where.models)}")
@@ -84,6 +88,12 @@ def _not_worse(gate: Gate, run: str, config: GatesConfig) -> tuple[float, str, b
                 f"{side.run.path}: has no score per prompt called {score}, which not_worse_than needs\n"
                 f"    there are {', '.join(side.scores)}"
             )
+    prompts = len(set(aligned.clusters))
+    if prompts < FEWEST_PROMPTS:
+        raise UserError(
+            f"{b.path}: has {prompts} prompts; not_worse_than needs at least {FEWEST_PROMPTS}, since an "
+            "interval over fewer can be as narrow as chance has it"
+        )
     interval = paired_difference(
         aligned.b.scores[score],
         aligned.a.scores[score],
@@ -100,12 +110,18 @@ def _not_worse(gate: Gate, run: str, config: GatesConfig) -> tuple[float, str, b
     return interval.value, reason, gain >= -other.by
 
 
-def _model_and_score(metric: str) -> tuple[str, str]:
-    """("ppo", "gold") of `models.ppo.gold`, with or without `.value`. Raises UserError for other paths."""
-    parts = metric.removesuffix(".value").split(".")
-    if len(parts) < 3 or parts[0] != "models":
+def _model_and_score(metric: str, models: Sequence[str]) -> tuple[str, str]:
+    """("ppo", "gold") of `models.ppo.gold`, with or without `.value`; the name of a model may hold dots.
+
+    Raises UserError for other paths.
+    """
+    prefix, _, rest = metric.removesuffix(".value").partition(".")
+    known = [name for name in models if rest.startswith(f"{name}.")]
+    name = max(known, key=len) if known else rest.partition(".")[0]
+    score = rest.removeprefix(name).removeprefix(".")
+    if prefix != "models" or not name or not score:
         raise UserError(f"not_worse_than needs a metric of the form models.NAME.SCORE (got {metric})")
-    return parts[1], "/".join(parts[2:])
+    return name, score.replace(".", "/")
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
@@ -140,10 +156,13 @@ def write_junit(outcomes: Sequence[Outcome], path: Path, suite_name: str) -> Non
     counts = {"tests": str(len(outcomes)), "failures": str(failed), "errors": str(missing)}
     suite = ElementTree.Element("testsuite", {"name": suite_name, **counts})
     for outcome in outcomes:
-        case = ElementTree.SubElement(suite, "testcase", {"classname": outcome.run, "name": outcome.name})
+        run, name, reason = (
+            _NOT_IN_XML.sub("?", text) for text in (outcome.run, outcome.name, outcome.reason)
+        )
+        case = ElementTree.SubElement(suite, "testcase", {"classname": run, "name": name})
         if outcome.status != "passed":
             tag = "failure" if outcome.status == "failed" else "error"
-            ElementTree.SubElement(case, tag, {"message": outcome.reason}).text = outcome.reason
+            ElementTree.SubElement(case, tag, {"message": reason}).text = reason
     ElementTree.indent(suite)
     text = ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
     path.parent.mkdir(parents=True, exist_ok=True)

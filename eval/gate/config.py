@@ -18,7 +18,12 @@ class NotWorse(StrictModel):
     """Non-inferiority to another eval run on the same prompts."""
 
     run: str = Field(description="Run directory of the eval stage to compare with.")
-    by: float = Field(0.0, ge=0.0, description="How much worse is still accepted, in units of the metric.")
+    by: float = Field(
+        0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="How much worse is still accepted, in units of the metric.",
+    )
     confidence: float = Field(
         0.95, gt=0.5, lt=1.0, description="Level of the paired interval that has to stay above -by."
     )
@@ -33,8 +38,8 @@ class Gate(StrictModel):
     )
     name: str | None = Field(None, description="What the report calls it; default: the metric.")
     run: str | None = Field(None, description="Run directory; default: `run` of the file.")
-    min: float | None = Field(None, description="Smallest value that passes.")
-    max: float | None = Field(None, description="Largest value that passes.")
+    min: float | None = Field(None, allow_inf_nan=False, description="Smallest value that passes.")
+    max: float | None = Field(None, allow_inf_nan=False, description="Largest value that passes.")
     end: Literal["value", "low", "high"] = Field(
         "value", description="What is held against the bounds: the estimate, or an end of its interval."
     )

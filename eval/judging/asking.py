@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from eval.judging.config import EndpointJudge
@@ -20,6 +20,8 @@ from eval.judging.templates import REFORMAT, Message
 from posttrain.preemption import PreemptionFlag
 
 POLL_S = 0.2
+MOST_QUOTED = 20_000
+"""Characters of a reply that is sent back with the request for the form."""
 STATUSES = ("ok", "unparseable", "refused", "rejected", "failed")
 Status = Literal["ok", "unparseable", "refused", "rejected", "failed"]
 Stop = Literal["sigterm", "budget", "down"]
@@ -125,6 +127,9 @@ class Asker:
             except BaseException:
                 self._stop.set()
                 raise
+        for question, messages in waiting:  # after a stop: what is paid for already is read all the same
+            if self._stored(messages):
+                said[question] = self._question(messages)
         not_asked = Said("failed", detail="not asked")
         said = {question: said.get(question, not_asked) for question in questions}
         left = sum(one.status == "failed" for one in said.values())
@@ -155,7 +160,8 @@ class Asker:
 
     def _follow_up(self, messages: list[Message], reply: Reply) -> list[Message]:
         again = {"role": "user", "content": REFORMAT[self.config.method]}
-        return [*messages, {"role": "assistant", "content": reply.text or "(empty)"}, again]
+        said = reply.text[:MOST_QUOTED] or "(empty)"
+        return [*messages, {"role": "assistant", "content": said}, again]
 
     def _stored(self, messages: list[Message]) -> list[Reply]:
         """The replies to this question, and to the one after it, that need not be paid for."""
@@ -189,8 +195,15 @@ class Asker:
                 raise StoppedError
             held = self._reserve(messages)
             try:
-                reply = self._endpoint.ask(messages)
-                self.store.put(request, reply)
+                asked = self._endpoint.ask(messages)
+                kept = self.store.put(request, asked)
+                # Another run that shares the store may have been first: its words count, our tokens are paid.
+                reply = replace(
+                    kept,
+                    prompt_tokens=asked.prompt_tokens,
+                    completion_tokens=asked.completion_tokens,
+                    estimated=asked.estimated,
+                )
             finally:
                 with self._lock:
                     self._reserved -= held

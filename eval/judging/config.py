@@ -165,6 +165,10 @@ def check(config: JudgeConfig, where: str) -> list[Problem]:
     if config.models is not None:
         if len(set(config.models)) < 2:
             problems.append(Problem(f"{where}.models", "a comparison needs two models", "name another one"))
+        repeated = sorted({name for name in config.models if config.models.count(name) > 1})
+        if repeated:
+            what = f"names {', '.join(repeated)} twice, so its comparisons would count twice"
+            problems.append(Problem(f"{where}.models", what, "name every model once"))
         if config.baseline is not None and config.baseline not in config.models:
             known = ", ".join(config.models)
             problems.append(Problem(f"{where}.baseline", f"'{config.baseline}' is not in models ({known})"))
@@ -181,28 +185,9 @@ def _check_endpoint(judge: EndpointJudge, where: str, dry_run: bool) -> list[Pro
     if find_spec("openai") is None:
         remedy = "pip install 'posttrain[judge]'"
         problems.append(Problem(f"{where}.kind", "endpoints need the package openai", remedy, here=True))
-    url = urlsplit(judge.base_url)
-    if url.scheme not in ("http", "https") or not url.hostname:
-        problems.append(
-            Problem(f"{where}.base_url", "is not an http or https address", "e.g. http://localhost:8000/v1")
-        )
-    if url.username or url.password or url.query:
-        problems.append(
-            Problem(
-                f"{where}.base_url",
-                "holds credentials, which would be written to the run directory",
-                "use key_env",
-            )
-        )
-    if judge.key_env is not None and not dry_run and not os.environ.get(judge.key_env):
-        problems.append(
-            Problem(
-                f"{where}.key_env",
-                f"the environment variable {judge.key_env} is not set",
-                "export it, or remove key_env for an endpoint without keys",
-                here=True,
-            )
-        )
+    problems += _check_address(judge.base_url, f"{where}.base_url")
+    if judge.key_env is not None and not dry_run:
+        problems += _check_key(judge.key_env, f"{where}.key_env")
     if judge.max_cost is not None and (judge.price_input is None or judge.price_output is None):
         problems.append(
             Problem(f"{where}.max_cost", "cannot be kept without prices", "set price_input and price_output")
@@ -210,3 +195,34 @@ def _check_endpoint(judge: EndpointJudge, where: str, dry_run: bool) -> list[Pro
     if judge.template is not None:
         problems += template_problems(judge.template, judge.method, f"{where}.template")
     return problems
+
+
+def _check_address(base_url: str, where: str) -> list[Problem]:
+    wrong = Problem(where, "is not an http or https address", "e.g. http://localhost:8000/v1")
+    try:
+        url = urlsplit(base_url)
+        port = url.port
+    except ValueError:  # brackets or a port that no address has
+        return [wrong]
+    if (
+        url.scheme not in ("http", "https")
+        or not url.hostname
+        or port == 0
+        or any(map(str.isspace, base_url))
+    ):
+        return [wrong]
+    if url.username or url.password or url.query or url.fragment:
+        what = "holds credentials or a query, which would be written to the run directory"
+        return [Problem(where, what, "use key_env")]
+    return []
+
+
+def _check_key(variable: str, where: str) -> list[Problem]:
+    key = os.environ.get(variable)
+    if not key:
+        what = f"the environment variable {variable} is not set"
+        return [Problem(where, what, "export it, or remove key_env for an endpoint without keys", here=True)]
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        what = f"the environment variable {variable} holds white space or letters that no key can have"
+        return [Problem(where, what, "export the key alone, without a line break", here=True)]
+    return []

@@ -22,6 +22,7 @@ from eval.judging.rows import (
     prompt,
     prompt_key,
     read_jsonl,
+    text_of,
     texts_of,
 )
 from eval.judging.templates import transcript
@@ -108,11 +109,12 @@ class Contest:
             identity = first_of(row, ID_KEYS)
             if identity is None:
                 raise DataError(f"{where}: a question needs an `id` or a `question_id`")
-            category = str(row.get("category", ""))
+            category = text_of(row, "category")
             if "turns" not in row:
                 question = self._question(str(identity), prompt(row, where), where)
                 question.category = category
-                question.reference = row["reference"] if isinstance(row.get("reference"), str) else None
+                reference = row.get("reference")
+                question.reference = reference or None if isinstance(reference, str) else None
                 continue
             turns = texts_of(row["turns"], f"{where}: turns")
             self.turns[str(identity)] = turns
@@ -123,20 +125,20 @@ class Contest:
                 )
                 question.category = category
                 if isinstance(references, list) and k < len(references):
-                    question.reference = str(references[k])
+                    question.reference = str(references[k] or "") or None
 
     def add_references(self, path: Path) -> None:
         """Reference answers by question id, in the MT-bench answer format or as {id, reference}."""
         for line, row in read_jsonl(path):
             where = f"{path}:{line}"
             identity = str(first_of(row, ID_KEYS))
-            texts = choices_of(row, where) if "choices" in row else [str(row.get("reference", ""))]
+            texts = choices_of(row, where) if "choices" in row else [text_of(row, "reference")]
             names = (
                 [f"{identity}:{k + 1}" for k in range(len(texts))] if identity in self.turns else [identity]
             )
             for name, text in zip(names, texts, strict=False):
                 if name in self.questions:
-                    self.questions[name].reference = text
+                    self.questions[name].reference = text or None
 
     def add_answers(self, path: Path, default: str | None, names: Mapping[str, str]) -> None:
         """The answers in a file. default: the model of rows that name none. names: new names of models."""
@@ -161,9 +163,10 @@ class Contest:
 
     def _sample(self, row: dict[str, Any], names: Mapping[str, str], where: str) -> None:
         question = self._of(row, where)
-        facts = (row.get("meta") or {}).get("facts", {})
-        question.facts = question.facts or facts
-        question.category = question.category or str(row.get("source") or "")
+        meta = row.get("meta")
+        facts = meta.get("facts") if isinstance(meta, dict) else None
+        question.facts = question.facts or (facts if isinstance(facts, dict) else {})
+        question.category = question.category or text_of(row, "source")
         for name, answer in row["answers"].items():
             if not isinstance(answer, dict) or not isinstance(answer.get("text"), str):
                 raise DataError(f"{where}: answers.{name} has no `text`")

@@ -3,7 +3,8 @@
 Retried: 429 (Retry-After honoured), 408, 409 and 5xx, timeouts, broken connections, bodies that are no chat
 completion.
 Not retried: what a second try cannot change, such as a wrong key (the stage stops) or a request the endpoint
-rejects (that request is counted as rejected).
+rejects (that request is counted as rejected). Redirects are not followed: the answers, and the key, are for
+the host that the configuration names.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import threading
 import time
 from collections import Counter
 from typing import Any
+from urllib.parse import urlsplit
 
-import httpx
 import openai
 
 from eval.judging.replies import Reply
@@ -35,6 +36,8 @@ from posttrain.hashing import hash_json
 _FATAL = (401, 403, 404)
 _RETRIED = (408, 409, 429)
 _NO_KEY = "none"
+_MOST_TOKENS = 10**9
+"""A count above it is no count."""
 
 
 class Endpoint:
@@ -49,9 +52,20 @@ class Endpoint:
         self._not_before = 0.0
         self._random = random.Random()
         # Without a key of its own the client would take OPENAI_API_KEY, and send it to a stranger.
-        self._client = openai.OpenAI(
-            api_key=key or _NO_KEY, base_url=config.base_url, max_retries=0, timeout=config.timeout_s
-        )
+        try:
+            self._client = openai.OpenAI(
+                api_key=key or _NO_KEY,
+                base_url=config.base_url,
+                max_retries=0,
+                timeout=config.timeout_s,
+                http_client=openai.DefaultHttpxClient(follow_redirects=False),
+                default_headers=_of_strangers(config.base_url),
+            )
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{config.base_url}: cannot be asked ({self._redacted(str(error))})\n"
+                "    look at the address, and at HTTP_PROXY, HTTPS_PROXY and ALL_PROXY of the environment"
+            ) from None
 
     def body(self, messages: list[Message]) -> dict[str, Any]:
         """What is sent, the key apart."""
@@ -95,13 +109,12 @@ class Endpoint:
                     "timeout",
                 )
             except openai.APIConnectionError as error:
-                detail = error.__cause__ or error
+                detail = self._redacted(str(error.__cause__ or error))
                 wait, problem, cause = self._pause(attempt), f"no connection ({detail})", "connection"
             except (
                 _MalformedError,
                 openai.APIResponseValidationError,
                 json.JSONDecodeError,
-                httpx.DecodingError,
             ) as error:
                 wait, problem, cause = (
                     self._pause(attempt),
@@ -126,7 +139,7 @@ class Endpoint:
             choice = body["choices"][0]
             message = choice["message"]
             content, refusal = message.get("content"), message.get("refusal")
-        except (json.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise _MalformedError(f"{type(error).__name__}: {error}") from None
         if not isinstance(content, (str, type(None))) or not isinstance(refusal, (str, type(None))):
             raise _MalformedError("the message's content is not text")
@@ -136,16 +149,16 @@ class Endpoint:
             if isinstance(usage, dict)
             else []
         )
-        tokens = [count for count in counts if type(count) is int and count >= 0]
+        tokens = [count for count in counts if type(count) is int and 0 <= count <= _MOST_TOKENS]
         counted = len(tokens) == 2
         if not counted:
             tokens = [estimated_tokens(messages), tokens_of(content or "")]
         finish = choice.get("finish_reason")
         return Reply(
-            str(body.get("model") or self.config.model),
-            content or "",
-            finish if isinstance(finish, str) else None,
-            refusal,
+            _storable(str(body.get("model") or self.config.model)),
+            _storable(content or ""),
+            _storable(finish) if isinstance(finish, str) else None,
+            None if refusal is None else _storable(refusal),
             tokens[0],
             tokens[1],
             not counted,
@@ -161,6 +174,12 @@ class Endpoint:
                 f"{self.config.base_url}: {status} for model {self.config.model}: "
                 f"{self._redacted(error.message)}\n"
                 f"    check {remedy}; replies so far are kept"
+            ) from None
+        if status < 400:
+            place = self._redacted(error.response.headers.get("location", "elsewhere"))
+            raise UserError(
+                f"{self.config.base_url}: answers {status}, a redirect to {place}, which is not followed\n"
+                "    set base_url to the address that answers"
             ) from None
         if status not in _RETRIED and status < 500:
             raise RejectedError(f"{status} {self._redacted(error.message)}") from None
@@ -189,12 +208,24 @@ class Endpoint:
             raise StoppedError
 
     def _redacted(self, text: str) -> str:
-        text = " ".join(text.split())[:300]
-        return text.replace(self._key, "***") if self._key else text
+        text = " ".join(text.split())
+        return (text.replace(self._key, "***") if self._key else text)[:300]
 
 
 class _MalformedError(Exception):
     pass
+
+
+def _of_strangers(base_url: str) -> dict[str, Any]:
+    """Default headers: OPENAI_ORG_ID and OPENAI_PROJECT_ID of the environment are for OpenAI alone."""
+    if urlsplit(base_url).hostname == "api.openai.com":
+        return {}
+    return {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
+
+
+def _storable(text: str) -> str:
+    """The text without lone surrogates, which JSON can spell and neither a file nor SQLite can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def retry_after(value: str | None) -> float | None:

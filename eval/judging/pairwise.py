@@ -158,7 +158,7 @@ def _from_ratings(match: Match, said: Sequence[Said]) -> Judgement:
 
 
 def estimate(requests: Requests, asker: Asker) -> dict[str, Any]:
-    """Requests, tokens and cost of asking, by what the store has not got; tokens from characters."""
+    """Requests, tokens and cost of asking, by what the store has not got; tokens from bytes."""
     missing = [messages for key, messages in requests.messages.items() if asker.store.get(key) is None]
     prompt = sum(estimated_tokens(messages) for messages in missing)
     likely, most = len(missing) * REPLY_TOKENS, len(missing) * asker.config.max_tokens
@@ -169,5 +169,5 @@ def estimate(requests: Requests, asker: Asker) -> dict[str, Any]:
         "completion_tokens": likely,
         "cost": asker.price(prompt, likely),
         "cost_at_most": asker.price(prompt, most),
-        "method": f"characters / 4; {REPLY_TOKENS} tokens a reply, at most max_tokens; no second asking",
+        "method": f"bytes of UTF-8 / 4; {REPLY_TOKENS} tokens a reply, at most max_tokens; no second asking",
     }

@@ -17,6 +17,8 @@ from eval.judging.templates import Method
 
 WINNERS = {"a": "A", "b": "B", "tie": "tie", "answer a": "A", "answer b": "B"}
 RATING_LOW, RATING_HIGH = 1.0, 10.0
+MOST_CHARACTERS = 100_000
+"""A longer reply is not searched: no verdict is that long, and the search takes the square of the length."""
 _KEY = {"pairwise": "winner", "rating": "rating"}
 _BRACE = re.compile(r"\{")
 _DECODER = json.JSONDecoder(strict=False)
@@ -26,7 +28,8 @@ _DECODER = json.JSONDecoder(strict=False)
 class Parsed:
     """value: "A", "B" or "tie" for a comparison, a number for a rating, None where nothing could be read.
 
-    problem: why not; one of no_json, no_verdict, wrong_value, ambiguous, truncated, refused, empty.
+    problem: why not; one of no_json, no_verdict, wrong_value, ambiguous, truncated, refused, empty,
+    too_long.
     """
 
     value: str | float | None
@@ -42,6 +45,8 @@ def parse(
         return Parsed(None, problem="refused")
     if not text.strip():
         return Parsed(None, problem="truncated" if finish_reason == "length" else "empty")
+    if len(text) > MOST_CHARACTERS:
+        return Parsed(None, problem="too_long")
     objects = list(_objects(text))
     key = _KEY[method]
     read = [_read(item, method) for item in objects if key in item]
@@ -63,7 +68,7 @@ def _objects(text: str) -> Iterator[dict[str, Any]]:
     while (found := _BRACE.search(text, at)) is not None:
         try:
             value, at = _DECODER.raw_decode(text, found.start())
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError: also a number of thousands of digits
             at = found.start() + 1
             continue
         if isinstance(value, dict):
@@ -88,7 +93,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

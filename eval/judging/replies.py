@@ -25,7 +25,7 @@ _COLUMNS = "model, text, finish_reason, refusal, prompt_tokens, completion_token
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. estimated: the endpoint did not count tokens, so they are taken from the characters."""
+    """What came back. estimated: the endpoint did not count tokens, so they are taken from the bytes."""
 
     model: str
     text: str
@@ -52,11 +52,11 @@ class ReplyStore:
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute(_SCHEMA)
             self._connection.execute(f"SELECT request, {_COLUMNS} FROM replies LIMIT 0")
+            path.chmod(0o600)
         except (OSError, sqlite3.Error) as error:
             raise UserError(
                 f"{path}: cannot keep replies ({error}); name another file, or remove this one"
             ) from None
-        path.chmod(0o600)
 
     def get(self, request: str) -> Reply | None:
         with self._lock:
@@ -70,9 +70,10 @@ class ReplyStore:
             row[0], text, finish_reason, refusal, prompt_tokens, completion_tokens, bool(estimated), at
         )
 
-    def put(self, request: str, reply: Reply) -> None:
-        """Keep the reply; when it returns, the row is on the disk. The first reply to a request stays."""
+    def put(self, request: str, reply: Reply) -> Reply:
+        """Keep the reply; when it returns, the row is on the disk. The first reply stays, and is returned."""
         self.put_all({request: reply})
+        return self.get(request) or reply
 
     def put_all(self, replies: Mapping[str, Reply]) -> None:
         """Keep many replies in one transaction, all of them or none."""

@@ -6,8 +6,9 @@ from typing import Protocol
 
 from eval.judging.templates import Message
 
-CHARACTERS_PER_TOKEN = 4.0
-"""Used where the endpoint counts no tokens, and in estimates; English under common tokenizers."""
+BYTES_PER_TOKEN = 4.0
+"""Of UTF-8. Used where the endpoint counts no tokens, and in estimates; English under common tokenizers. By
+bytes, not characters, since a character of other scripts is often a token or two by itself."""
 
 
 class ChatSettings(Protocol):
@@ -60,8 +61,8 @@ class StoppedError(Exception):
 
 
 def tokens_of(text: str) -> int:
-    """Tokens in a text, estimated from its characters."""
-    return round(len(text) / CHARACTERS_PER_TOKEN)
+    """Tokens in a text, estimated from its bytes in UTF-8."""
+    return round(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN)
 
 
 def estimated_tokens(messages: list[Message]) -> int:

@@ -41,9 +41,24 @@ def read_jsonl(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def _decoded(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{line + error.lineno - 1}: is not valid JSON ({error.msg})") from None
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{path}:{line}: holds half of a surrogate pair (\\ud800 to \\udfff), no text"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, nesting without end
+        raise DataError(f"{path}:{line}: cannot be read as JSON ({error})") from None
+    return value
+
+
+def text_of(row: dict[str, Any], key: str) -> str:
+    """The text of an optional column, empty where there is none."""
+    value = row.get(key)
+    return "" if value is None else str(value)
 
 
 def prompt_key(messages: Sequence[Message]) -> str:

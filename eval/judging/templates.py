@@ -9,6 +9,7 @@ count of suspicious answers in the report are there to show it.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -101,11 +102,20 @@ def marker_for(texts: Sequence[str]) -> str:
     return digest[:12]
 
 
+_HEADING = re.compile(r"^(?=\[\w+\]\s*$)", re.MULTILINE)
+
+
 def transcript(messages: Sequence[Message]) -> str:
-    """A conversation as the judge reads it. A lone user message is shown bare."""
+    """A conversation as the judge reads it. A lone user message is shown bare.
+
+    A line of the text that looks like the heading of a message gets a backslash, so that no answer can put
+    words into somebody else's mouth.
+    """
     if len(messages) == 1:
         return messages[0]["content"]
-    return "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
+    return "\n\n".join(
+        f"[{message['role']}]\n{_HEADING.sub(chr(92) * 2, message['content'])}" for message in messages
+    )
 
 
 def render(
@@ -128,6 +138,6 @@ def render(
             text = "".join(template.blocks[block](template.new_context(values))).strip()
             if text:
                 messages.append({"role": role, "content": text})
-    except TemplateError as error:
+    except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
         raise UserError(f"the judge's template cannot be filled: {error}") from None
     return messages

@@ -36,7 +36,13 @@ def by_votes(path: Path, matches: Sequence[Match]) -> tuple[list[Judgement], dic
     for line, row in read_jsonl(path):
         where = f"{path}:{line}"
         choice, a, b = row.get("choice"), row.get("model_a"), row.get("model_b")
-        if choice not in OUTCOMES or not isinstance(a, str) or not isinstance(b, str) or a == b:
+        if (
+            not isinstance(choice, str)
+            or choice not in OUTCOMES
+            or not isinstance(a, str)
+            or not isinstance(b, str)
+            or a == b
+        ):
             raise DataError(
                 f"{where}: is no vote: it needs model_a and model_b, two names, and choice, one of "
                 f"{', '.join(OUTCOMES)} (got {a!r}, {b!r}, {choice!r})"

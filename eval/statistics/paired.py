@@ -96,10 +96,11 @@ def permutation_test(
     sums, _ = cluster_sums(difference, clusters)
     rng = np.random.default_rng(seed)
     observed, beyond = abs(sums.sum()), 0
+    rounding = 1e-12 * np.abs(sums).sum()
     rows = max(1, 4_000_000 // sums.size)
     for start in range(0, samples, rows):
         signs = rng.integers(0, 2, size=(min(rows, samples - start), sums.size)) * 2.0 - 1.0
-        beyond += int((np.abs(signs @ sums) >= observed * (1 - 1e-12)).sum())
+        beyond += int((np.abs(signs @ sums) >= observed - rounding).sum())
     return Significance(
         (1 + beyond) / (1 + samples), float(difference.mean()), int(difference.size), "paired-permutation"
     )

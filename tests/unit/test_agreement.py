@@ -190,3 +190,11 @@ def test_the_interval_stays_below_one() -> None:
     other[0] = 1 - other[0]
     found = cohen_kappa(labels, other)
     assert found.low < found.value - (found.high - found.value) < found.value < found.high < 1
+
+
+def test_a_missing_label_is_no_label() -> None:
+    """NaN equals NaN to numpy's `unique`, so two annotators would agree on what neither said."""
+    with pytest.raises(ValueError, match="a label is NaN"):
+        cohen_kappa([1.0, float("nan"), 2.0], [1.0, float("nan"), 1.0])
+    with pytest.raises(ValueError, match="ratings are finite"):
+        krippendorff_alpha([[1.0, float("inf")], [1.0, 2.0]], "interval")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +11,10 @@ import pytest
 
 from eval.agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha
 from eval.statistics import t_interval
-from scripts.bench_coverage import (
-    SCENARIOS,
-    Scenario,
-    annotations,
-    clustered_outcomes,
-    coverage,
-    label_distances,
-    peeking,
-    true_agreement,
-)
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from bench_coverage import SCENARIOS, Scenario, coverage, peeking
+from bench_coverage_worlds import annotations, clustered_outcomes, label_distances, true_agreement
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from eval_runs import write_eval_run
+from eval_runs import finish_again, write_eval_run
 from scipy import stats
 from typer.testing import CliRunner
 
@@ -84,6 +85,8 @@ def test_models_are_matched_by_name_or_as_told(runs: tuple[Path, Path], tmp_path
     figures = compare(runs[0], runs[0], Settings(models=["sft=ppo"], samples=200)).figures
     assert {row["verdict"] for row in figures["metrics"]} == {"no difference"}
     assert figures["texts"][0]["model"] == "sft -> ppo"
+    twice = compare(*runs, Settings(models=["ppo", "ppo=ppo"], samples=200)).figures
+    assert len(twice["texts"]) == 1
     with pytest.raises(UserError, match="every model equals itself"):
         compare(runs[0], runs[0], QUICK)
     with pytest.raises(UserError, match="--model dpo: .* has no 'dpo'; it has ppo, sft"):
@@ -117,6 +120,74 @@ def test_decontamination_of_the_training_data_stands_beside_the_scores(tmp_path:
         "data": [{"data": "clean", "decontaminated": True, "against": ["gsm8k"], "dropped": 3}],
     }
     assert flags["b"]["status"] == "unchecked"
+
+
+def rewrite(run: Path, change: Callable[[list[dict[str, Any]]], None]) -> Path:
+    """The run with its samples changed."""
+    file = run / "samples.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    change(rows)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return finish_again(run)
+
+
+def test_a_metric_that_one_answer_lacks_is_left_out_and_named(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """NaN, null and a metric of one run alone: no mean of the rest that would look like all."""
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[3]["answers"]["ppo"]["gold"] = float("nan")
+        rows[4]["answers"]["ppo"]["rm"] = None
+        for row in rows:
+            row["answers"]["ppo"]["extra"] = 1
+
+    b = rewrite(write_eval_run(tmp_path / "b", {"ppo": [0.5] * 80}), change)
+    compared = compare(runs[0], b, QUICK)
+    assert set(rows_of(compared.figures)) == {"finished", "tokens", "gold_parts/polite"}
+    reasons = {row["metric"]: row["reason"] for row in compared.figures["left_out"]}
+    assert reasons == {
+        "gold": "B has it for 79 of 80 answers",
+        "rm": "B has it for 79 of 80 answers",
+        "extra": "A has it for 0 of 80 answers",
+    }
+    write_page(compared, tmp_path / "page.html")
+    assert "gold is not compared, B has it for 79 of 80 answers" in (tmp_path / "page.html").read_text()
+    shown = CliRunner().invoke(app, ["compare", str(runs[0]), str(b)])
+    assert "ppo: gold is not compared, B has it for 79 of 80 answers" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.append(rows[2]), "samples.jsonl:21: prompt p2 is there twice"),
+        (lambda rows: rows[1].pop("prompt"), "samples.jsonl:2: is no line of an eval run"),
+        (lambda rows: rows[1]["answers"].pop("ppo"), "samples.jsonl:2: has no answer of ppo"),
+        (lambda rows: rows[1]["answers"]["ppo"].pop("text"), "samples.jsonl:2: has no answer of ppo"),
+        (lambda rows: rows[1].pop("id"), "samples.jsonl:2: is no line of an eval run"),
+        (lambda rows: rows.pop(1), "has 20 prompts and .* has 19; 19 are the same"),
+    ],
+)
+def test_samples_that_cannot_be_paired_are_refused(change: Any, message: str, tmp_path: Path) -> None:
+    a = write_eval_run(tmp_path / "a", {"ppo": [0.1] * 20})
+    b = rewrite(write_eval_run(tmp_path / "b", {"ppo": [0.2] * 20}), change)
+    with pytest.raises(DataError, match=message):
+        compare(a, b, QUICK)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_or_two_prompts_show_nothing_but_are_compared(count: int, tmp_path: Path) -> None:
+    a = write_eval_run(tmp_path / "a", {"ppo": [0.1] * count})
+    b = write_eval_run(tmp_path / "b", {"ppo": [0.9] * count})
+    figures = compare(a, b, QUICK).figures
+    assert {row["verdict"] for row in figures["metrics"]} == {"no difference"}
+    write_page(compare(a, b, QUICK), tmp_path / "page.html")
+
+
+def test_runs_without_any_difference_have_none(tmp_path: Path) -> None:
+    a, b = (write_eval_run(tmp_path / name, {"ppo": [0.1, 0.7] * 20}) for name in "ab")
+    figures = compare(a, b, QUICK).figures
+    assert {(row["p_value"], row["verdict"]) for row in figures["metrics"]} == {(1.0, "no difference")}
 
 
 def test_the_page_escapes_what_models_say_and_allows_only_its_script(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import yaml
-from eval_runs import write_eval_run
+from eval_runs import finish_again, write_eval_run
 from typer.testing import CliRunner
 
 from posttrain.cli import app
@@ -109,3 +110,56 @@ def test_settings_can_be_replaced_on_the_command_line(place: Path) -> None:
     gates = [not_worse(place, 0.001)]
     assert invoke(place, gates).exit_code == 1
     assert invoke(place, gates, f"run={place / 'old'}").exit_code == 0
+
+
+def test_bounds_that_nothing_can_break_are_mistakes(place: Path) -> None:
+    infinite = float("inf")
+    for gate in (
+        {"metric": "models.ppo.gold", "max": infinite},
+        {"metric": "models.ppo.gold", "min": -infinite},
+        {"metric": "models.ppo.gold", "min": float("nan")},
+        {"metric": "models.ppo.gold", "min": True},
+        not_worse(place, infinite),
+        not_worse(place, float("nan")),
+    ):
+        assert invoke(place, [gate]).exit_code == 2, gate
+
+
+def test_a_figure_that_is_no_number_does_not_pass(place: Path) -> None:
+    """NaN, infinite, null or a word: missing, for a bound on either side."""
+    for value in (float("nan"), float("inf"), None, "good"):
+        run = place / "odd"
+        shutil.copytree(place / "new", run)
+        results = json.loads((run / "eval.json").read_text())
+        results["models"]["ppo"]["gold"] = value
+        (run / "eval.json").write_text(json.dumps(results))
+        finish_again(run)
+        for bound in ({"min": -1e9}, {"max": 1e9}):
+            result = invoke(place, [{"metric": "models.ppo.gold"} | bound], "--json", run="odd")
+            assert result.exit_code == 2, value
+            assert json.loads(result.stdout)["gates"][0]["status"] == "missing"
+        shutil.rmtree(run)
+
+
+def test_a_handful_of_prompts_proves_nothing(tmp_path: Path) -> None:
+    """One prompt has an interval without width; a gate on it would pass whatever it says of others."""
+    for count, code in ((1, 2), (9, 2), (10, 0)):
+        directory = tmp_path / str(count)
+        for name in ("old", "new"):
+            write_eval_run(directory / name, {"ppo": [0.5] * count})
+        assert invoke(directory, [not_worse(directory, 0.0)]).exit_code == code, count
+
+
+def test_names_of_models_may_hold_dots(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        write_eval_run(tmp_path / name, {"llama-3.1": [0.5] * 20, "llama-3": [0.9] * 20})
+    gate = {"metric": "models.llama-3.1.gold", "not_worse_than": {"run": str(tmp_path / "old")}}
+    parts = {"metric": "models.llama-3.1.gold_parts.polite", "not_worse_than": {"run": str(tmp_path / "old")}}
+    bound = {"metric": "models.llama-3.1.gold", "max": 0.6}
+    assert invoke(tmp_path, [gate, parts, bound]).exit_code == 0
+
+
+def test_junit_is_xml_whatever_the_names_hold(place: Path) -> None:
+    gates = [{"metric": "models.ppo.gold", "min": 0.99, "name": "a\x1b[31m <b> & \x00 日本"}]
+    assert invoke(place, gates, "--junit", str(place / "gates.xml")).exit_code == 1
+    assert ElementTree.parse(place / "gates.xml").getroot()[0].get("name") == "a?[31m <b> & ? 日本"

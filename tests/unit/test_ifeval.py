@@ -161,3 +161,22 @@ def test_bad_instructions_are_named(name: str, parameters: dict, message: str) -
 def test_every_instruction_needs_its_parameters() -> None:
     with pytest.raises(DataError, match="2 instructions but 1 kwargs"):
         verdict("a", ["punctuation:no_comma", "startend:quotation"], [{}])
+
+
+def test_a_response_of_brackets_without_end_is_no_json() -> None:
+    assert verdict("[" * 100_000, ["detectable_format:json_format"], [{}]).strict == (False,)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("detectable_content:number_placeholders", {"num_placeholders": "3"}),
+        ("detectable_content:number_placeholders", {"num_placeholders": True}),
+        ("keywords:existence", {"keywords": "ab"}),
+        ("keywords:existence", {"keywords": [1]}),
+        ("startend:end_checker", {"end_phrase": 7}),
+    ],
+)
+def test_a_parameter_of_another_type_is_an_error_of_the_data(name: str, given: dict[str, object]) -> None:
+    with pytest.raises(DataError, match=f"instruction '{name}' needs {next(iter(given))} to be"):
+        verdict("[a] [b] [c] ab 7", [name], [given])

@@ -204,6 +204,25 @@ def test_alpaca_eval_official_rates_are_closer_at_equal_length(tmp_path: Path) -
     assert found["ours, penalty chosen without the model"]["mae"] < 1.2
 
 
+def test_the_tables_of_the_document_are_the_committed_figures() -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "judging.md").read_text()
+    figures = json.loads((root / "docs" / "benchmarks" / "judging.json").read_text())
+    for row, name in (
+        ("raw win rate", "raw"),
+        ("logistic regression without a penalty", "no penalty"),
+        ("ours", "ours"),
+        ("ours, penalty chosen on the other 27 models", "ours, penalty chosen without the model"),
+    ):
+        found = figures["length control"][name]
+        assert f"| {row} | {found['mae']:.2f} | {found['largest']:.2f} |" in text
+    for judge in ("gpt-3.5-turbo", "PandaLM-7B"):
+        found = figures["pandalm"][judge]
+        shares = [f"{found[key]:.4f}"[1:] for key in ("accuracy", "precision", "recall", "f1")]
+        kappa, low, high = (f"{value:.3f}"[1:] for value in found["kappa"])
+        assert f"| {judge} | {' | '.join(shares)} | {kappa} ({low} to {high}) |" in text
+
+
 def test_judges_that_ask_nobody_need_no_client() -> None:
     """openai is an extra: the stage imports without it."""
     code = "import sys; sys.modules['openai'] = None; import eval.judging.stage, eval.judging.scored"

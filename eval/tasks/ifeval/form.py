@@ -64,7 +64,7 @@ def is_json(response: str) -> bool:
     text = re.sub(r"\A```(?:json)?|```\Z", "", response.strip(), flags=re.IGNORECASE)
     try:
         json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # RecursionError: thousands of brackets, as a model in a loop writes
         return False
     return True
 

@@ -20,6 +20,7 @@ class Instruction:
     check: Check
     parameters: frozenset[str]
     required: frozenset[str]
+    types: Mapping[str, str]
 
 
 INSTRUCTIONS: dict[str, Instruction] = {}
@@ -35,6 +36,7 @@ def instruction(name: str) -> Callable[[Check], Check]:
             check,
             frozenset(one.name for one in found),
             frozenset(one.name for one in found if one.default is inspect.Parameter.empty),
+            {one.name: str(one.annotation) for one in found},
         )
         return check
 
@@ -45,7 +47,7 @@ def bound(name: str, parameters: Mapping[str, Any] | None) -> Callable[[str], bo
     """The checker of one instruction of one prompt, a function of the response alone.
 
     Parameters that are null in the data are not given. Raises DataError for an unknown instruction, an
-    unknown parameter or a missing one.
+    unknown parameter, a missing one, or one of another type.
     """
     if name not in INSTRUCTIONS:
         raise DataError(
@@ -58,7 +60,19 @@ def bound(name: str, parameters: Mapping[str, Any] | None) -> Callable[[str], bo
     if unknown or missing:
         what = f"does not take {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
         raise DataError(f"instruction {name!r} {what}\n    it takes {', '.join(sorted(known.parameters))}")
+    for key, value in given.items():
+        if not _fits(value, known.types[key]):
+            raise DataError(f"instruction {name!r} needs {key} to be {known.types[key]}, got {value!r}")
     return lambda response: bool(known.check(response, **given))
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    """Whether a value of the data is of the type a checker is annotated with."""
+    if wanted == "int":
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if wanted == "Sequence[str]":
+        return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
+    return wanted != "str" or isinstance(value, str)
 
 
 def holds(count: int, relation: str, bound_: int) -> bool:
