@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_prep.dataset import SPLITS
-from data_prep.operations.report import card_lines
+from data_prep.operations.report import card_lines, table_cell
 
 MEANING = {
     "text": "plain documents",
@@ -22,8 +22,8 @@ def card_markdown(info: dict[str, Any]) -> str:
     """card.md: what the data set is, its sources, what was dropped, how it was split, what to mind."""
     split, rows = info["split"], info["rows_out"]
     sources = [
-        f"| {_cell(at['name'])} | {at['format']} | {at['rows']:,} | `{at['sha256'][:16]}` "
-        f"| {_cell(source_details(at))} |"
+        f"| {table_cell(at['name'])} | {at['format']} | {at['rows']:,} | `{at['sha256'][:16]}` "
+        f"| {table_cell(source_details(at))} |"
         for at in info["sources"]
     ]
     drops = [
@@ -137,7 +137,3 @@ def source_details(source: Mapping[str, Any]) -> str:
     known = ("name", "format", "rows", "sha256")
     details = {key: value for key, value in source.items() if key not in known}
     return json.dumps(details, ensure_ascii=False) if details else ""
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

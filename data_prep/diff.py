@@ -19,12 +19,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.config import ReadConfig
-from data_prep.dataset import SPLITS, read_info
-from data_prep.export import side_files
+from data_prep.dataset import SPLITS
+from data_prep.export import dataset_info, side_rows
 from data_prep.records import excerpt
-from data_prep.streams import BadRow, FileFacts
-from data_prep.table_rows import parquet_rows
 from posttrain.errors import DataError
 
 SHOWN = 3
@@ -98,7 +95,7 @@ def diff(old: Path, new: Path) -> DatasetDiff:
 
     Raises DataError: one is no dataset directory, has no dataset.json, or they hold rows of different kinds.
     """
-    infos = [_info(path) for path in (old, new)]
+    infos = [dataset_info(path) for path in (old, new)]
     kinds = [info["kind"] for info in infos]
     if kinds[0] != kinds[1]:
         raise DataError(
@@ -138,24 +135,11 @@ def diff(old: Path, new: Path) -> DatasetDiff:
     )
 
 
-def _info(path: Path) -> dict[str, Any]:
-    info = read_info(path)
-    if info is None:
-        raise DataError(
-            f"{path}: has no dataset.json, so it is not a dataset directory\n"
-            "    give the directory of a curate stage"
-        )
-    return info
-
-
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(side, row) of every row, a batch at a time."""
     for side in SPLITS:
-        for file in side_files(path, side):
-            for number, row in parquet_rows(file, ReadConfig(max_row_bytes=2**31 - 1), FileFacts()):
-                if isinstance(row, BadRow):
-                    raise DataError(f"{file}: row {number}: {row.detail}\n    run the curate stage again")
-                yield side, row
+        for _, row in side_rows(path, side):
+            yield side, row
 
 
 def _content(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +186,8 @@ def _settings(info: Mapping[str, Any]) -> dict[str, Any]:
     settings["sources"] = {at["name"]: at for at in info["sources"]}
     settings["split"] = {name: value for name, value in info["split"].items() if name != "groups"}
     operations = info.get("operations", ())
-    settings["operations"] = {f"{n}. {at['op']}": at["settings"] for n, at in enumerate(operations, start=1)}
+    for number, at in enumerate(operations, start=1):
+        settings[f"operations.{number}. {at['op']}"] = at["settings"]
     return _flat(settings)
 
 

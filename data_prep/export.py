@@ -76,7 +76,7 @@ def export(
     if kind not in TYPES[to]:
         possible = ", ".join(name for name, kinds in TYPES.items() if kind in kinds)
         why = "no kind of record holds the steps of an answer" if not TYPES[to] else f"{kind} rows cannot"
-        raise UserError(f"{data}: cannot be exported as {to}: {why}\n    give --to {possible}")
+        raise UserError(f"{data}: cannot be exported as {to}: {why}\n    give --to one of {possible}")
     style = "standard" if kind == "text" else style
     template = _template(tokenizer, kind) if style == "standard" and kind != "text" else None
     sides: list[Split] = [side for side in SPLITS if split in (side, "both")]
@@ -146,28 +146,41 @@ def _check(to: str, output: Path, style: str, split: str, force: bool) -> None:
         raise UserError(f"{output.parent}: no such folder\n    make it, or correct --output")
 
 
-def _kind(data: Path) -> Kind:
+def dataset_info(data: Path) -> dict[str, Any]:
+    """dataset.json of a dataset directory or the run that holds it. Raises DataError where there is none."""
     info = read_info(data)
     if info is None:
         raise DataError(
             f"{data}: has no dataset.json, so it is not a dataset directory\n"
             "    give the directory of a curate stage"
         )
-    kind = info.get("kind")
+    return info
+
+
+def _kind(data: Path) -> Kind:
+    kind = dataset_info(data).get("kind")
     if kind not in KINDS:
         raise DataError(f"{data}: holds no known kind of rows ({kind})\n    run the curate stage again")
     return kind
 
 
-def _rows(data: Path, side: Split, kind: Kind) -> Iterator[Row]:
+def side_rows(data: Path, side: Split) -> Iterator[tuple[Path, Row]]:
+    """(file, row) of every row of a side, a batch at a time. Raises DataError as `side_files`, and for a row
+    that cannot be read.
+    """
     for file in side_files(data, side):
         for number, row in parquet_rows(file, ReadConfig(max_row_bytes=2**31 - 1), FileFacts()):
             if isinstance(row, BadRow):
                 raise DataError(f"{file}: row {number}: {row.detail}\n    run the curate stage again")
-            missing = [name for name in columns(kind) if name not in row]
-            if missing:
-                raise DataError(f"{file}: lacks the column {missing[0]}\n    run the curate stage again")
-            yield row
+            yield file, row
+
+
+def _rows(data: Path, side: Split, kind: Kind) -> Iterator[Row]:
+    for file, row in side_rows(data, side):
+        missing = [name for name in columns(kind) if name not in row]
+        if missing:
+            raise DataError(f"{file}: lacks the column {missing[0]}\n    run the curate stage again")
+        yield row
 
 
 def side_files(data: Path, side: Split) -> list[Path]:

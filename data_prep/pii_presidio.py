@@ -68,9 +68,11 @@ class Presidio:
         Raises UserError when the model cannot be loaded.
         """
         engine = _engine(self.model)
-        wanted = [theirs for theirs, ours in OURS.items() if ours in self.types]
         # A name the engine has no recogniser of would be warned of for every text.
-        wanted = [name for name in wanted if name in engine.get_supported_entities("en")]
+        known = engine.get_supported_entities("en")
+        wanted = [theirs for theirs, ours in OURS.items() if ours in self.types and theirs in known]
+        if not wanted:  # Presidio takes no name for all names
+            return
         for begin, end in _pieces(text):
             for found in engine.analyze(
                 text[begin:end], language="en", entities=wanted, score_threshold=THRESHOLD

@@ -26,8 +26,15 @@ Piece = tuple[str, bool]
 
 
 def visible(text: str) -> str:
-    """The text with escape characters shown, so that data cannot steer the terminal."""
-    return text.replace("\x1b", "\u241b").replace("\x9b", "\u241b")
+    """The text with escape characters, and those that turn the direction of what follows, shown, so that
+    data cannot steer the terminal.
+    """
+    return text.translate(_SHOWN)
+
+
+_DIRECTION = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""Embeddings, overrides and isolates; the marks that Arabic and Hebrew need stay."""
+_SHOWN = {0x1B: "\u241b", 0x9B: "\u241b"} | {code: f"\\u{code:x}" for code in _DIRECTION}
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,10 @@ def encode(path: Path, texts: Sequence[str]) -> Encoded:
     return Encoded(found.astype(np.float16), lengths > (model.max_seq_length or lengths.max()))
 
 
+@lru_cache(maxsize=2)
 def dimension(path: Path) -> int:
     """Values of an embedding. Raises UserError as `encode`."""
-    return int(_model(path).get_sentence_embedding_dimension())
+    return len(_model(path).encode("", show_progress_bar=False))
 
 
 def check_model(path: Path) -> None:
@@ -79,13 +80,19 @@ def check_model(path: Path) -> None:
 @lru_cache(maxsize=2)
 def _model(path: Path) -> Any:
     check_model(path)
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
     from sentence_transformers import SentenceTransformer
 
     try:
         return SentenceTransformer(str(path), device="cpu", local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, UnpicklingError) as error:
         first = str(error).partition("\n")[0]
-        raise UserError(f"{path}: cannot be loaded as a sentence-transformers model ({first})") from error
+        raise UserError(
+            f"{path}: cannot be loaded as a sentence-transformers model ({first})\n"
+            "    copy it again, or name another"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ reads (--json, schema) to stdout.
 from __future__ import annotations
 
 import json
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -72,6 +74,7 @@ def _reporting() -> Iterator[None]:
     """Turn what a command raises into a message on stderr and the exit code."""
     try:
         yield
+        sys.stdout.flush()
     except RequeueError as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
@@ -84,10 +87,22 @@ def _reporting() -> Iterator[None]:
         print("\ninterrupted: run the same command to resume", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            raise SystemExit(1) from None
         if _debug:
             traceback.print_exc()
         print(f"error: {type(error).__name__}: {error}\n    add --debug for the traceback", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _reader_left() -> bool:
+    """Whether what reads stdout (head, less) has closed it; nothing more is then written there."""
+    output = select.poll()
+    output.register(sys.stdout, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _print_json(value: Any) -> None:

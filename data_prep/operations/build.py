@@ -171,7 +171,13 @@ def _pii(config: settings.PiiConfig, where: str, around: Surroundings) -> Operat
 
 
 def _key(path: Path) -> bytes:
-    key = path.read_bytes()
+    try:
+        key = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read as a key ({error.strerror})\n"
+            f"    give a file of {KEY_BYTES} or more random bytes"
+        ) from error
     if len(key) < KEY_BYTES:
         raise UserError(
             f"{path}: {len(key)} bytes are no key\n    give a file of {KEY_BYTES} or more random bytes"

@@ -54,7 +54,9 @@ class Length:
         rendered = [_rendered(tokenizer, row.record) for row in batch]
         flat = [text for texts in rendered for text in texts]
         special = isinstance(batch[0].record, TextRecord)
-        sizes = iter(len(ids) for ids in tokenizer(flat, add_special_tokens=special)["input_ids"])
+        # Not verbose: a text longer than its model reads is what is looked for, and no reason for a warning.
+        encoded = tokenizer(flat, add_special_tokens=special, verbose=False)["input_ids"]
+        sizes = iter(len(ids) for ids in encoded)
         return [max(next(sizes) for _ in texts) for texts in rendered]
 
 

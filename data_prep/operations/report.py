@@ -58,7 +58,8 @@ def _mixture(info: Mapping[str, Any]) -> list[str]:
     ]
     for side, shares in info["mixture"].items():
         lines += [
-            f"| {_cell(name)} | {side} | {at['rows']:,} | {at['share']:.4%} |" for name, at in shares.items()
+            f"| {table_cell(name)} | {side} | {at['rows']:,} | {at['share']:.4%} |"
+            for name, at in shares.items()
         ]
     licences = info["licences"]
     rolled = ", ".join(f"{name} {rows:,} rows" for name, rows in licences["rows_by_licence"].items())
@@ -70,8 +71,9 @@ def _mixture(info: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def table_cell(text: str) -> str:
+    """As the text of a cell of a Markdown table, on one line."""
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _inline(value: Any) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import html
 import io
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rich.console import Console
 from data_prep.config import CurateConfig
 from data_prep.dataset import DATASET_FILES, SPLITS, read_split
 from data_prep.operations.base import Row
-from data_prep.operations.length import Length
+from data_prep.operations.length import Length, _tokenizer
 from data_prep.records import Message, PreferenceRecord, PromptRecord, TextRecord
 from data_prep.shingles import shingle
 from posttrain.errors import UserError
@@ -277,9 +278,15 @@ def test_equal_ids_and_groups_stay_equal_under_a_key(tmp_path: Path) -> None:
     operation = {"op": "pii", "key_file": str(tmp_path / "short.key")}
     with pytest.raises(UserError, match="5 bytes are no key.*\n.*16"):
         curate(config("text", sources=[source], operations=[operation]), tmp_path / "short")
+    (tmp_path / "folder").mkdir()
+    operation = {"op": "pii", "key_file": str(tmp_path / "folder")}
+    with pytest.raises(UserError, match="folder: cannot be read as a key.*\n.*16"):
+        curate(config("text", sources=[source], operations=[operation]), tmp_path / "short")
 
 
-def test_lengths_are_tokens_of_the_rendered_template(tmp_path: Path, tiny_model_dir: Path) -> None:
+def test_lengths_are_tokens_of_the_rendered_template(
+    tmp_path: Path, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from posttrain.models import load_chat_tokenizer
 
     rows = [
@@ -300,7 +307,10 @@ def test_lengths_are_tokens_of_the_rendered_template(tmp_path: Path, tiny_model_
     settings = config(
         "conversation", save(tmp_path / "a.jsonl", rows), operations=[length], split={"by": "record"}
     )
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(_tokenizer(tiny_model_dir), "model_max_length", 30)
     info, _ = curate(settings, tmp_path / "out")
+    assert "indexing errors" not in caplog.text, "nothing is run through a model"
     assert info["drops"] == {"too_many_tokens": sum(length > bound for length in lengths)}
     kept = [row for rows in rows_of(tmp_path / "out").values() for row in rows]
     assert sorted(json.loads(row["meta"])["tags"]["tokens"] for row in kept) == sorted(lengths)[:31]

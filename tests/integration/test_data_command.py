@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +114,23 @@ def test_show_pages_and_searches(tmp_path: Path) -> None:
 
 
 def test_show_does_not_let_data_steer_the_terminal(tmp_path: Path) -> None:
-    data = save(tmp_path / "a.jsonl", [{"text": "\x1b[2J [bold]red"}])
+    data = save(tmp_path / "a.jsonl", [{"text": "\x1b[2J [bold]red \u202egnp.exe \u200fא"}])
     done = run("data", "show", str(data))
     assert "\x1b" not in done.stdout and "[bold]red" in done.stdout
+    assert "\u202e" not in done.stdout and r"\u202egnp.exe" in done.stdout, "turns the rest of the line round"
+    assert "\u200fא" in done.stdout
+
+
+def test_a_reader_that_has_enough_is_no_error(tmp_path: Path) -> None:
+    """As `posttrain data show FILE --json | head -1` does; more is printed than a pipe holds."""
+    data = save(tmp_path / "a.jsonl", [{"text": f"{n} " + "word " * 400} for n in range(100)])
+    command = [sys.executable, "-m", "posttrain", "data", "show", str(data), "--rows", "100", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as show:
+        assert show.stdout is not None and show.stderr is not None
+        assert show.stdout.readline() == b"[\n"
+        show.stdout.close()
+        assert show.stderr.read() == b""
+    assert show.returncode == 1
 
 
 @pytest.mark.parametrize("kind", ["conversation", "preference", "labelled", "prompt", "text"])

@@ -49,6 +49,7 @@ def test_what_changed(tmp_path: Path) -> None:
     assert found.drops == {"duplicate": (None, 1)}
     assert found.settings["split.eval_fraction"] == (0.1, 0.4)
     assert found.settings["operations.1. preference_checks"] == (None, {})
+    assert "operations" not in found.settings, "what has no operations has nothing to show"
     assert found.settings["sources.a.jsonl.rows"] == (60, 52)
     assert found.examples["added"] == ["new A new one?"]
     assert found.examples["changed"] == ["k3 Question 3?"]

@@ -137,7 +137,7 @@ def test_tools_come_along(tmp_path: Path, suffix: str) -> None:
 def test_bad_wishes_are_told_and_nothing_is_written(sets: dict[Kind, Path], tmp_path: Path) -> None:
     file = tmp_path / "out.jsonl"
     for to, kind, said in (
-        ("preference", "conversation", "give --to language-modeling, prompt-only, prompt-completion"),
+        ("preference", "conversation", "give --to one of language-modeling, prompt-only, prompt-completion"),
         ("stepwise-supervision", "preference", "no kind of record holds the steps of an answer"),
         ("sft", "text", "--to sft: not known"),
     ):

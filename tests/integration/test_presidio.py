@@ -77,6 +77,12 @@ def test_pattern_recognisers_need_neither_model_nor_network(offline: list[object
     assert offline == []
 
 
+def test_nothing_is_looked_for_that_was_not_named() -> None:
+    """Presidio takes an empty list of types for all of them."""
+    assert named(TEXT, Presidio(("AWS_KEY",))) == set()
+    assert named(TEXT, Presidio(("AWS_KEY", "CRYPTO"))) == {("CRYPTO", "1BoatSLRHtKNngkdXEeobR76b53LETtpyT")}
+
+
 def test_a_model_adds_people_and_places(people: Path, offline: list[object]) -> None:
     text = "Ann Lee of Acme went to Paris"
     assert named(text, Presidio(default_types(model=True), people)) == {

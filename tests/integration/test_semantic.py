@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
@@ -86,12 +87,12 @@ def test_all_pairs_are_found_in_blocks_as_in_one_matrix(
 
 
 def test_parts_find_nothing_that_is_not_there_and_most_of_what_is(tmp_path: Path) -> None:
-    points = vectors(1, 3000)
+    points = vectors(1, 1200)
     found = []
     for name, size in (("a", 7), ("b", 1000)):
         (tmp_path / name).mkdir()
-        found.append(find_semantic_duplicates(cut(points, size), 3000, 0.95, 400, 5, tmp_path / name))
-    whole = find_semantic_duplicates(cut(points, 99), 3000, 0.95, 3000, 0, tmp_path)
+        found.append(find_semantic_duplicates(cut(points, size), 1200, 0.95, 160, 5, tmp_path / name))
+    whole = find_semantic_duplicates(cut(points, 99), 1200, 0.95, 1200, 0, tmp_path)
     first, second = found
     assert first.cluster.tolist() == second.cluster.tolist()
     assert first.parts == 8 and whole.parts == 1
@@ -123,16 +124,17 @@ def verdicts(operation: SemanticDuplicates, texts: list[str], chunk: int, scratc
 
 def test_verdicts_and_embeddings_do_not_depend_on_chunks(minilm: Path, tmp_path: Path) -> None:
     """Texts of very different lengths, so that padding would show; embeddings are equal to the bit."""
-    plain, rephrased = questions(20)
-    texts = [*plain, "Hi", *rephrased, " ".join(plain), "", ""]
+    count = 6
+    plain, rephrased = questions(count)
+    texts = [*plain, "Hi", *rephrased, " ".join(2 * plain), "", ""]
     operation = SemanticDuplicates(minilm, DEFAULT, "answer", "first", 20_000)
-    small = verdicts(operation, texts, 7, tmp_path / "a")
+    small = verdicts(operation, texts, 5, tmp_path / "a")
     large = verdicts(operation, texts, 1000, tmp_path / "b")
     assert small[:2] == large[:2]
     assert [row for table in small[2] for row in table] == large[2][0]
     dropped = [row for row, verdict in large[0].items() if isinstance(verdict, Dropped)]
-    assert dropped and all(21 <= row < 41 for row in dropped)
-    assert large[0][dropped[0]].detail.startswith(f"in one cluster with f:{dropped[0] - 21 + 1} (similarity")
+    assert dropped and all(count < row <= 2 * count for row in dropped)
+    assert large[0][dropped[0]].detail.startswith(f"in one cluster with f:{dropped[0] - count} (similarity")
     assert large[1]["rows_longer_than_the_model_reads"] == 1
     assert large[1]["rows_without_text"] == 2
     assert operation.view([]).schema == operation.view([Row(TextRecord("a", id="x"), "f", 1)]).schema
@@ -149,20 +151,20 @@ def test_clusters_are_tagged_and_tied(minilm: Path, tmp_path: Path) -> None:
     assert (facts["clusters"], facts["rows_in_clusters"], facts["pairs"]) == (2, 4, 2)
 
 
+@pytest.mark.slow
 def test_rephrased_questions_are_found_as_the_table_says(minilm: Path) -> None:
     """100 questions of GSM8K: the default threshold finds most of their paraphrases and no other question."""
     plain, rephrased = questions(100)
     both = [encode(minilm, texts).embeddings.astype(np.float32) for texts in (plain, rephrased)]
     alike = both[1] @ both[0].T
     own = np.diag(alike)
-    print((own >= DEFAULT).mean(), (own >= 0.85).mean())
     assert 0.6 <= (own >= DEFAULT).mean() <= 0.8
     np.fill_diagonal(alike, 0)
     assert (alike >= DEFAULT).sum() == 0
 
 
 def test_the_stage_holds_paraphrases_on_one_side(minilm: Path, tmp_path: Path) -> None:
-    plain, rephrased = questions(30)
+    plain, rephrased = questions(10)
     source = save(tmp_path / "a.jsonl", [{"text": text} for text in [*plain, *rephrased]])
     operation = {"op": "semantic_duplicates", "model": str(minilm), "keep": "all"}
     settings = config("text", source, operations=[operation], split={"by": "cluster", "eval_fraction": 0.4})
@@ -170,11 +172,11 @@ def test_the_stage_holds_paraphrases_on_one_side(minilm: Path, tmp_path: Path) -
     side = {row["text"]: split for split, rows in rows_of(tmp_path / "out").items() for row in rows}
     vectors = [encode(minilm, texts).embeddings.astype(np.float32) for texts in (plain, rephrased)]
     near = np.flatnonzero((vectors[0] * vectors[1]).sum(axis=1) >= DEFAULT + 1e-3)
-    assert len(near) > 15
+    assert len(near) >= 5
     assert all(side[plain[at]] == side[rephrased[at]] for at in near)
     assert set(side.values()) == {"train", "eval"}
     (ledger,) = info["operations"]
-    assert ledger["settings"]["model"] == "model" and ledger["facts"]["clusters"] >= 15
+    assert ledger["settings"]["model"] == "model" and ledger["facts"]["clusters"] >= 5
     parents = json.loads((tmp_path / "out/manifest.json").read_text())["parents"]
     assert {"operations.0.model"} <= {parent["field"] for parent in parents}, "the model is in the lineage"
     curate(settings, tmp_path / "again")
@@ -186,3 +188,10 @@ def test_what_is_no_embedding_model_is_named(tiny_model_dir: Path, tmp_path: Pat
     operation = {"op": "semantic_duplicates", "model": str(tiny_model_dir)}
     with pytest.raises(UserError, match="is no sentence-transformers model .it has no modules.json"):
         curate(config("text", source, operations=[operation]), tmp_path / "out")
+
+
+def test_a_damaged_embedding_model_is_named(minilm: Path, tmp_path: Path) -> None:
+    shutil.copytree(minilm, tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_text("garbage")
+    with pytest.raises(UserError, match="model: cannot be loaded as a sentence-transformers model"):
+        encode(tmp_path / "model", ["a"])
