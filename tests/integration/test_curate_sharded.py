@@ -21,7 +21,7 @@ from rich.console import Console
 
 from data_prep.browse import browse
 from data_prep.config import CurateConfig
-from data_prep.curate import run
+from data_prep.curate import check, run
 from data_prep.dataset import read_split, split_files
 from data_prep.diff import diff
 from data_prep.files import expand
@@ -31,7 +31,7 @@ from data_prep.sharded.ids import unique_id
 from data_prep.sharded.plan import Sizes
 from data_prep.sharded.store import NAME
 from posttrain.context import StageContext
-from posttrain.errors import ConfigError, DataError, PosttrainError, RequeueError, UserError
+from posttrain.errors import DataError, PosttrainError, RequeueError
 from posttrain.inputs import resolve
 from posttrain.stage import execute_stage
 from tests.integration import curate_golden
@@ -254,11 +254,12 @@ def test_an_error_shows_no_secret_and_leaves_no_rows(tmp_path: Path) -> None:
         assert not list((tmp_path / "out").iterdir())
 
 
-def test_ray_is_named_where_it_is_missing(tmp_path: Path) -> None:
+def test_ray_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = config("preference", save(tmp_path / "a.jsonl", pairs(9)), engine="ray")
-    with pytest.raises(ConfigError, match="engine ray is not available"):
-        execute_stage("curate", setting, tmp_path / "out", console=Console(file=io.StringIO()))
-    assert issubclass(ConfigError, UserError)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = check(setting, "curate")
+    assert problem.where == "curate.engine"
+    assert "needs the package ray, which is not installed" in problem.message
 
 
 NAMES = st.sampled_from(["a", "b", "a-2", "a-3", "a-2-2", "b-2", "c", "c-02"])
