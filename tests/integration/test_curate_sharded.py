@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -256,12 +255,11 @@ def test_an_error_shows_no_secret_and_leaves_no_rows(tmp_path: Path) -> None:
 
 
 def test_ray_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
     setting = config("preference", save(tmp_path / "a.jsonl", pairs(9)), engine="ray")
-    (problem,) = check(setting, "stage")
-    assert problem.where == "stage.engine"
-    assert "posttrain[ray]" in problem.remedy
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (problem,) = check(setting, "curate")
+    assert problem.where == "curate.engine"
+    assert "needs the package ray, which is not installed" in problem.message
 
 
 NAMES = st.sampled_from(["a", "b", "a-2", "a-3", "a-2-2", "b-2", "c", "c-02"])
