@@ -81,7 +81,12 @@ class Judge:
         self.template = prompt_file.read_text(encoding="utf-8")
         self.openai = openai
         self.client = openai.OpenAI(
-            base_url=config.base_url, api_key=key, timeout=config.timeout, max_retries=config.max_retries
+            base_url=config.base_url,
+            api_key=key,
+            timeout=config.timeout,
+            max_retries=config.max_retries,
+            # Neither prompts nor the key follow a redirect to another host.
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
 
     def __call__(self, drawn: Drawn) -> list[Verdict]:
