@@ -37,15 +37,18 @@ def unique_id(ids: Counter[str], wanted: str) -> str:
 
 def give_ids(store: Store, chunks: int) -> None:
     """Write the ids that differ from the wanted ones, of the rows that are no duplicates, for each chunk."""
-    wanted = [_left(store, chunk) for chunk in range(chunks)]
-    every = np.sort(np.concatenate([hashes for _, hashes in wanted])) if wanted else np.empty(0, np.uint64)
+    # Hashes are read twice, so that no more than one array of them is held.
+    held = [_left(store, chunk)[1] for chunk in range(chunks)]
+    every = np.concatenate(held) if held else np.empty(0, np.uint64)
+    del held
+    every.sort()
     several = np.unique(every[1:][every[1:] == every[:-1]])
     new: list[str] = []
     if len(several):
         ids: Counter[str] = Counter()
-        for chunk, (places, hashes) in enumerate(wanted):
+        for chunk in range(chunks):
             changed: list[tuple[int, str]] = []
-            for place, name in _in_question(store, chunk, places, hashes, several):
+            for place, name in _in_question(store, chunk, *_left(store, chunk), several):
                 given = unique_id(ids, name)
                 if given != name:
                     changed.append((place, given))
@@ -53,8 +56,9 @@ def give_ids(store: Store, chunks: int) -> None:
                 table = pa.table([[place for place, _ in changed], [name for _, name in changed]], IDS)
                 write_table(store.file(1, chunk, "ids.arrow"), table)
                 new += [name for _, name in changed]
-    with replacing(store.root / "ids") as beside:
-        beside.write_bytes(np.concatenate([every, id_hashes(new)]).tobytes())
+    with replacing(store.root / "ids") as beside, beside.open("wb") as stream:
+        every.tofile(stream)
+        id_hashes(new).tofile(stream)
 
 
 def _left(store: Store, chunk: int) -> tuple[NDArray[np.int64], Hashes]:

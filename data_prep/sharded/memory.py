@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 
 import pyarrow as pa
@@ -15,7 +14,6 @@ def release_memory() -> None:
     The allocators of Arrow and of glibc keep what was freed for themselves. Where there is no glibc, only
     Arrow's is asked.
     """
-    gc.collect()
     pa.default_memory_pool().release_unused()
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
