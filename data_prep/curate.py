@@ -33,7 +33,7 @@ from data_prep.sharded import reading
 from data_prep.sharded.code import code_hash
 from data_prep.sharded.driver import Curated, Driver
 from data_prep.sharded.engines import make_engine
-from data_prep.sharded.memory import release_memory
+from data_prep.sharded.memory import release_memory, system_memory
 from data_prep.sharded.output import content_hash, join_lines, move, samples, write_side
 from data_prep.sharded.plan import FORMAT, READ, EngineError, Setup, Sizes
 from data_prep.sharded.store import NAME, Store
@@ -65,7 +65,12 @@ def run(config: CurateConfig, context: StageContext, sizes: Sizes | None = None)
     steps = setup.steps()
     store = Store.opened(setup.root, _plan(config, context, sizes), resume=context.resumed)
     try:
-        with _cleaning(steps), closing(make_engine(config, setup)) as engine, PreemptionFlag() as flag:
+        with (
+            system_memory(),
+            _cleaning(steps),
+            closing(make_engine(config, setup)) as engine,
+            PreemptionFlag() as flag,
+        ):
             curated = _curate(
                 context, Driver(setup, steps, store, engine, _Watch(context, flag)), sizes, flag
             )

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
+
+
+@contextmanager
+def system_memory() -> Iterator[None]:
+    """Arrow takes memory from the allocator of the system: its own ones keep more of what was freed."""
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pa.system_memory_pool())
+    try:
+        yield
+    finally:
+        pa.set_memory_pool(before)
 
 
 def release_memory() -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from data_prep.config import CurateConfig
@@ -103,27 +100,13 @@ def test_a_machine_that_does_not_see_the_run_directory_is_named(tmp_path: Path) 
 
 
 def test_a_process_that_is_killed_is_replaced(tmp_path: Path) -> None:
-    execute_stage("curate", settings(tmp_path / "in"), tmp_path / "local")
-    killed: list[int] = []
-    stop = threading.Event()
-
-    def kill_first() -> None:
-        while not stop.is_set() and not killed:
-            for child in psutil.Process().children(recursive=True):
-                if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::Map"):
-                    os.kill(child.pid, signal.SIGKILL)
-                    killed.append(child.pid)
-                    break
-            stop.wait(0.01)
-
-    killer = threading.Thread(target=kill_first)
-    killer.start()
-    try:
-        execute_stage("curate", settings(tmp_path / "in", engine="ray"), tmp_path / "ray")
-    finally:
-        stop.set()
-        killer.join()
-    assert killed
+    died = tmp_path / "died"
+    rows = [*pairs(60), {**pairs(1)[0], "chosen": f"once at {died} and never again"}]
+    scored = {"op": "toxicity", "scorer": "tests.integration.dying_scorer:score"}
+    source = save(tmp_path / "a.jsonl", rows)
+    execute_stage("curate", config("preference", source, operations=[scored], engine="ray"), tmp_path / "ray")
+    assert died.exists()
+    execute_stage("curate", config("preference", source, operations=[scored]), tmp_path / "local")
     assert digests(tmp_path / "ray") == digests(tmp_path / "local")
 
 
