@@ -2,8 +2,8 @@
 
 Rows carry typed records (``data_prep/records.py``), not Arrow batches: that a dialogue alternates and that
 two sides differ is checked where a record is made, so no operation can hand on one that cannot be trained on.
-At the borders between processes rows travel as Arrow (``to_arrow``, ``from_arrow``), with the columns of the
-dataset directory and those that only matter on the way.
+At the borders between processes rows travel as Arrow (``data_prep/sharded/arrow.py``), with the columns of
+the dataset directory and those that only matter on the way.
 
 The shapes are what lets another engine run them unchanged. A map operation is a pure function of a batch
 whose verdicts do not depend on where batches begin, so N processes or Ray's ``map_batches`` may cut them as
@@ -22,17 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
-from data_prep.dataset import schema, to_row
-from data_prep.records import (
-    ConversationRecord,
-    Kind,
-    Message,
-    PreferenceRecord,
-    PromptRecord,
-    Record,
-    TextRecord,
-    UnpairedPreferenceRecord,
-)
+from data_prep.records import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,52 +183,3 @@ def tagged(record: Record, **tags: Any) -> Record:
     meta = json.loads(record.meta)
     meta["tags"] = {**meta.get("tags", {}), **tags}
     return replace(record, meta=json.dumps(meta, ensure_ascii=False, sort_keys=True))
-
-
-def to_arrow(rows: Sequence[Row], kind: Kind) -> pa.Table:
-    """Rows as a table: the columns of a data set of `kind`, then file, line, name, ties and copy."""
-    extra = [
-        ("file", pa.string()),
-        ("line", pa.int64()),
-        ("name", pa.string()),
-        ("ties", pa.list_(pa.string())),
-        ("copy", pa.int64()),
-    ]
-    plain = [
-        {
-            **to_row(row.record),
-            "file": row.file,
-            "line": row.line,
-            "name": row.source,
-            "ties": list(row.ties),
-            "copy": row.copy,
-        }
-        for row in rows
-    ]
-    columns = schema(kind)
-    for name, type in extra:
-        columns = columns.append(pa.field(name, type))
-    return pa.Table.from_pylist(plain, schema=columns)
-
-
-def from_arrow(table: pa.Table, kind: Kind) -> list[Row]:
-    """The rows of a table that `to_arrow` made. Raises InvalidRecord where a row is no valid record."""
-    return [
-        Row(_record(kind, at), at["file"], at["line"], at["name"], tuple(at["ties"]), at["copy"])
-        for at in table.to_pylist()
-    ]
-
-
-def _record(kind: Kind, at: Mapping[str, Any]) -> Record:
-    common = {name: at[name] for name in ("id", "source", "group", "meta")}
-    if kind == "text":
-        return TextRecord(at["text"], **common)
-    turns = {
-        name: tuple(Message(**turn) for turn in at[name])
-        for name in ("messages", "prompt", "chosen", "rejected", "completion")
-        if name in at
-    }
-    if kind == "unpaired_preference":
-        return UnpairedPreferenceRecord(turns["prompt"], turns["completion"], at["label"], **common)
-    classes = {"conversation": ConversationRecord, "preference": PreferenceRecord, "prompt": PromptRecord}
-    return classes[kind](**turns, **common)
