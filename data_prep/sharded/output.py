@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,24 +84,25 @@ def join_lines(file: Path, store: Store, what: str, segments: Sequence[int], chu
     """
     with file.open("wb") as out:
         for segment in segments:
-            for number in _steps(store, segment, what, chunks):
-                for chunk in range(chunks):
-                    _copy(store, segment, chunk, what, number, out)
+            sizes = [_sizes(store, segment, chunk, what) for chunk in range(chunks)]
+            for number in sorted(sizes[0], key=int) if sizes else ():
+                for chunk, of_steps in enumerate(sizes):
+                    _copy(store.file(segment, chunk, what), of_steps, number, out)
         return out.tell() > 0
 
 
-def _steps(store: Store, segment: int, what: str, chunks: int) -> list[str]:
-    found = store.result(segment, 0) if chunks else None
-    return sorted(found[what], key=int) if found else []
+def _sizes(store: Store, segment: int, chunk: int, what: str) -> dict[str, int]:
+    """How many bytes each step said of a chunk."""
+    found = store.result(segment, chunk)
+    assert found is not None
+    sizes: dict[str, int] = found[what]
+    return sizes
 
 
-def _copy(store: Store, segment: int, chunk: int, what: str, number: str, out: Any) -> None:
-    said = store.result(segment, chunk)
-    assert said is not None
-    sizes: dict[str, int] = said[what]
+def _copy(file: Path, sizes: Mapping[str, int], number: str, out: Any) -> None:
     if not sizes[number]:
         return
-    with store.file(segment, chunk, what).open("rb") as stream:
+    with file.open("rb") as stream:
         stream.seek(sum(size for step, size in sizes.items() if int(step) < int(number)))
         left = sizes[number]
         while left:
