@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,13 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that decide a result."""
-    versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    return {"python": platform.python_version(), **installed(_PACKAGES)}
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those of the packages that are installed."""
+    versions = {}
+    for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from pathlib import Path
 
 from data_prep.config import CurateConfig
 from data_prep.operations.config import ToxicityConfig
-from posttrain.environment import package_versions
+from posttrain.environment import installed, package_versions
 from posttrain.hashing import hash_file, hash_json
 
 PACKAGES = ("ftfy", "presidio-analyzer", "py3langid", "sentence-transformers", "spacy")
@@ -21,7 +20,7 @@ def code_hash(config: CurateConfig) -> str:
     files += [
         file for at in config.operations if isinstance(at, ToxicityConfig) for file in _module(at.scorer)
     ]
-    return hash_json([[hash_file(file) for file in files], package_versions(), _versions()])
+    return hash_json([[hash_file(file) for file in files], package_versions(), installed(PACKAGES)])
 
 
 def _module(scorer: str) -> list[Path]:
@@ -29,13 +28,3 @@ def _module(scorer: str) -> list[Path]:
     found = importlib.util.find_spec(scorer.partition(":")[0])
     file = Path(found.origin) if found is not None and found.origin is not None else None
     return [file] if file is not None and file.is_file() else []
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
