@@ -22,6 +22,7 @@ from data_prep.operations.view_columns import (
     Cells,
     all_words,
     blocks,
+    cluster_counts,
     cluster_facts,
     fixed,
     place,
@@ -99,11 +100,8 @@ class NearDuplicates:
         """
         found = self._exact(views) if self.exact else self._by_bands(views, scratch)
         sizes = np.bincount(found.cluster, minlength=len(found.cluster))
-        several = sizes[sizes > 1]
         facts: dict[str, Any] = {
-            "clusters": len(several),
-            "rows_in_clusters": int(several.sum()),
-            "largest_cluster": int(several.max(initial=0)),
+            **cluster_counts(sizes),
             "pairs_compared": found.candidates,
             **cluster_facts(sizes, views),
         }

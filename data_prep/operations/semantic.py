@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
 from data_prep.operations.parts import Part, part_text
-from data_prep.operations.view_columns import cluster_facts
+from data_prep.operations.view_columns import cluster_counts, cluster_facts, place
 from data_prep.semantic import SemanticClusters, dimension, encode, find_semantic_duplicates
 
 
@@ -46,7 +46,7 @@ class SemanticDuplicates:
                 "embedding": pa.FixedSizeListArray.from_arrays(flat, width),
                 "cut": pa.array(found.cut, pa.bool_()),
                 "id": pa.array([row.record.id for row in batch], pa.string()),
-                "place": pa.array([f"{row.file}:{row.line}" for row in batch], pa.string()),
+                "place": pa.array(map(place, batch), pa.string()),
             }
         )
 
@@ -59,11 +59,8 @@ class SemanticDuplicates:
             _embeddings(views, counted), len(views), self.threshold, self.part_rows, self.seed, scratch
         )
         sizes = np.bincount(found.cluster, minlength=len(views))
-        several = sizes[sizes > 1]
         facts: dict[str, Any] = {
-            "clusters": len(several),
-            "rows_in_clusters": int(several.sum()),
-            "largest_cluster": int(several.max(initial=0)),
+            **cluster_counts(sizes),
             "pairs": found.pairs,
             "parts_compared": found.parts,
             "rows_longer_than_the_model_reads": counted["cut"],

@@ -75,6 +75,16 @@ def blocks(rows: NDArray[np.int64], size: int = 8192) -> Iterator[NDArray[np.int
     return (rows[begin : begin + size] for begin in range(0, len(rows), size))
 
 
+def cluster_counts(sizes: NDArray[np.int64]) -> dict[str, int]:
+    """How many clusters of two rows and more, the rows in them, and those of the largest. sizes: as below."""
+    several = sizes[sizes > 1]
+    return {
+        "clusters": len(several),
+        "rows_in_clusters": int(several.sum()),
+        "largest_cluster": int(several.max(initial=0)),
+    }
+
+
 def cluster_facts(sizes: NDArray[np.int64], views: Views, shown: int = 5) -> dict[str, Any]:
     """Of clusters of two rows and more. sizes: rows of the cluster that each row leads, or 0.
 

@@ -13,6 +13,7 @@ from data_prep.ingest import Reject
 from data_prep.operations.base import Dropped, Kept, Row
 from data_prep.operations.engine import EXAMPLE_CHARS, REVIEW_CHARS, Tally
 from data_prep.operations.personal import Scrubber
+from data_prep.operations.view_columns import place
 from data_prep.records import excerpt
 
 
@@ -60,7 +61,7 @@ class StepLog:
         shown = self.tally.examples.setdefault(verdict.reason, [])
         if len(shown) < self.examples:
             said = self.show(verdict.detail, EXAMPLE_CHARS)
-            shown.append({"at": f"{row.file}:{row.line}", "detail": said, "excerpt": text})
+            shown.append({"at": place(row), "detail": said, "excerpt": text})
 
     def rejected(self, at: Reject, in_full: str | None = None) -> None:
         """Note a line of rejects.jsonl as it is, and that of rejected.jsonl."""

@@ -14,6 +14,7 @@ from data_prep.config import CurateConfig
 from data_prep.dedup import content_key
 from data_prep.ingest import Reject, parsed
 from data_prep.operations.base import Row
+from data_prep.operations.view_columns import place
 from data_prep.projections import from_last_user_turns
 from data_prep.records import Record, excerpt
 from data_prep.sharded.plan import Part
@@ -37,7 +38,7 @@ class Parsed:
 
     def keys(self) -> pa.Table:
         """The table of KEYS."""
-        places = [f"{row.file}:{row.line}" for row in self.rows]
+        places = list(map(place, self.rows))
         ids = id_hashes([row.record.id for row in self.rows])
         return pa.table(
             [pa.array(self._keys, pa.binary(16)), places, pa.array(self._at, pa.int32()), ids], KEYS
