@@ -88,16 +88,15 @@ def _by_chunk(rows: Sequence[int], verdicts: Iterable[pa.Table]) -> Iterator[tup
     chunk = 0
     held: list[pa.Table] = []
     for table in verdicts:
+        places = table.column("row").to_numpy()
         begin = 0
         while begin < table.num_rows:
-            row = table.column("row")[begin].as_py()
-            if row >= ends[chunk]:
+            if places[begin] >= ends[chunk]:
                 if held:
                     yield chunk, pa.concat_tables(held)
                     held = []
                 chunk += 1
                 continue
-            places = table.column("row").to_numpy()
             end = int(places.searchsorted(ends[chunk]))
             part = table.slice(begin, end - begin)
             local = pc.subtract(part.column("row"), ends[chunk] - rows[chunk])

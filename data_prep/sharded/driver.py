@@ -120,7 +120,6 @@ class Driver:
         number = len(self.segments)
         if ties:
             files = [self.store.file(number, chunk, "rows.arrow") for chunk in range(len(rows))]
-            self.store.segment(number + 1)
             marker = self.store.segment(number + 1) / "decided.json"
             if not marker.exists():
                 join_groups(

@@ -15,12 +15,10 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from data_prep.config import CurateConfig
-from data_prep.sharded.plan import Setup, Task
+from data_prep.sharded.plan import Result, Setup, Task
 from data_prep.sharded.tasks import Worker
 from posttrain.errors import DataError, PosttrainError, UserError
 
-Result = tuple[int, dict[str, Any]]
-"""A chunk and what is said of it."""
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 

@@ -75,7 +75,7 @@ def _columns(files: Sequence[Path]) -> Iterator[tuple[int, pa.ChunkedArray]]:
     begin, held, rows = 0, [], 0
     for number, file in enumerate(files):
         column = read_table(file, ["group"]).column("group")
-        held.append(pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.string()))
+        held.append(column.combine_chunks())
         rows += len(column)
         if rows >= BATCH_ROWS or number + 1 == len(files):
             yield begin, pa.chunked_array(held, pa.string())

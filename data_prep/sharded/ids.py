@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_prep.sharded.parsing import id_hash, id_hashes
 from data_prep.sharded.plan import READ
-from data_prep.sharded.store import Store, read_table, replacing, write_table
+from data_prep.sharded.store import Store, read_table, replacing, write_bytes, write_table
 
 IDS = pa.schema([("row", pa.int64()), ("id", pa.string())])
 _NUMBERED = re.compile(r"(.*)-[0-9]+", re.DOTALL)
@@ -105,8 +105,7 @@ def write_taken(store: Store, segment: int, chunks: int) -> None:
     for chunk in range(chunks):
         names = read_table(store.file(segment - 1, chunk, "rows.arrow"), ["id"]).column("id").to_pylist()
         held.append(id_hashes(names))
-    with replacing(store.segment(segment) / "taken") as beside:
-        beside.write_bytes(np.unique(np.concatenate(held)).tobytes())
+    write_bytes(store.segment(segment) / "taken", np.unique(np.concatenate(held)).tobytes())
 
 
 def _made(store: Store, segment: int, chunks: int) -> Sequence[Path]:

@@ -19,6 +19,8 @@ FORMAT = 2
 """Of the files in the work directory: those of another version are not gone on with."""
 READ = 0
 """Number of the segment that reads."""
+Result = tuple[int, dict[str, Any]]
+"""A chunk and what is said of it."""
 
 
 class EngineError(UserError):

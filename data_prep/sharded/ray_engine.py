@@ -19,11 +19,10 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
-from data_prep.sharded.plan import EngineError, Setup, Task
+from data_prep.sharded.plan import EngineError, Result, Setup, Task
 from data_prep.sharded.tasks import Worker
 from posttrain.errors import ConfigError, DataError, PosttrainError, Problem, UserError
 
-Result = tuple[int, dict[str, Any]]
 WINDOW_BYTES = 64 << 20
 """Of tasks with their rows that are handed to Ray at a time."""
 REACHED_WITHIN = 10.0

@@ -19,7 +19,7 @@ from data_prep.figures import Figures
 from data_prep.operations.base import Dropped, Row
 from data_prep.sharded.arrow import dicts_of, rows_of
 from data_prep.sharded.log import StepLog
-from data_prep.sharded.store import Store, replacing, write_table
+from data_prep.sharded.store import Store, replacing, write_bytes, write_table
 from data_prep.split import side
 
 REPEATED = "repeated_in_eval"
@@ -85,12 +85,7 @@ def _write_side(
         for begin in range(0, len(rows), 1000):
             stream.write(b"".join(content_line(split, row) for row in rows[begin : begin + 1000]))
     hashes = {hashlib.blake2b(row["group"].encode(), digest_size=GROUP_BYTES).digest() for row in rows}
-    _write_hashes(store.file(segment, chunk, f"{split}.groups"), b"".join(sorted(hashes)))
-
-
-def _write_hashes(file: Path, data: bytes) -> None:
-    with replacing(file) as beside:
-        beside.write_bytes(data)
+    write_bytes(store.file(segment, chunk, f"{split}.groups"), b"".join(sorted(hashes)))
 
 
 def distinct(files: Sequence[Path]) -> int:

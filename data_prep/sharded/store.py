@@ -112,10 +112,15 @@ def replacing(file: Path) -> Iterator[Path]:
         raise
 
 
+def write_bytes(file: Path, data: bytes) -> None:
+    """Write a file, all or nothing."""
+    with replacing(file) as beside:
+        beside.write_bytes(data)
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON value, all or nothing."""
-    with replacing(file) as beside:
-        beside.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    write_bytes(file, json.dumps(value, ensure_ascii=False).encode("utf-8"))
 
 
 def read_json(file: Path) -> Any:

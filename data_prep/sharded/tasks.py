@@ -19,7 +19,15 @@ from data_prep.sharded.log import StepLog, cleaned
 from data_prep.sharded.parsing import parse
 from data_prep.sharded.plan import READ, Part, Segment, Setup, Task, segments
 from data_prep.sharded.sides import own_groups, put
-from data_prep.sharded.store import Store, read_json, read_table, replacing, write_json, write_table
+from data_prep.sharded.store import (
+    Store,
+    read_json,
+    read_table,
+    replacing,
+    write_bytes,
+    write_json,
+    write_table,
+)
 
 LINES = ("rejects", "reviews", "dropped_rows")
 """What is said of rows, a file of each kind a chunk."""
@@ -81,8 +89,7 @@ class Worker:
             rows = mapped(operation, rows, logs[number])
         said: dict[str, Any] = {"rows": len(rows)}
         files = ["made"]
-        with replacing(self.store.file(at, chunk, "made")) as beside:
-            beside.write_bytes(np.array(made, dtype=np.uint64).tobytes())
+        write_bytes(self.store.file(at, chunk, "made"), np.array(made, dtype=np.uint64).tobytes())
         if segment.viewed is not None:
             operation = self.steps[segment.viewed - 1].operation
             assert not isinstance(operation, MapOperation)
