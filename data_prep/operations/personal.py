@@ -120,15 +120,11 @@ class Scrubber:
         """
         if "..." in text:
             return NOT_SHOWN
-        rules = tuple(dict.fromkeys(rule for each in self.operations for rule in each.rules))
-        searches = tuple(dict.fromkeys(search for each in self.operations for search in each.searches))
-        return Redactor(rules, searches).redact(text)
+        return self._redactor().redact(text)
 
     def row(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """The columns of a row with all of their texts redacted, those inside meta too."""
-        rules = tuple(dict.fromkeys(rule for each in self.operations for rule in each.rules))
-        searches = tuple(dict.fromkeys(search for each in self.operations for search in each.searches))
-        redact = Redactor(rules, searches).redact
+        redact = self._redactor().redact
 
         def cleaned(name: str, value: Any) -> Any:
             if name in ("id", "group"):
@@ -140,6 +136,12 @@ class Scrubber:
             return redact(value) if isinstance(value, str) else value
 
         return {name: cleaned(name, value) for name, value in columns.items()}
+
+    def _redactor(self) -> Redactor:
+        """By the rules of all operations."""
+        rules = tuple(dict.fromkeys(rule for each in self.operations for rule in each.rules))
+        searches = tuple(dict.fromkeys(search for each in self.operations for search in each.searches))
+        return Redactor(rules, searches)
 
     def name(self, id: str) -> str:
         """The id as it is, or will be, in the data set."""
