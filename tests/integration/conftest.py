@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from posttrain.errors import UserError
 from serving.embedded import find_environment
+from tests.integration import curate_golden
 
 CONFIGS = {
     "pretrain": "train.config:PretrainConfig",
@@ -274,3 +275,11 @@ def processes_of(word: str) -> dict[int, list[str]]:
         if any(word in argument for argument in arguments):
             found[int(entry.parent.name)] = arguments
     return found
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the golden data of curation, which tests only read."""
+    folder = tmp_path_factory.mktemp("golden")
+    curate_golden.write(folder)
+    return folder

@@ -7,20 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.integration import curate_golden
 from tests.integration.test_curate_sharded import PINNED, curated, pinned
 
 SECRETS = ("ann@shop.example", "bob@x.example")
-
-
-@pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the golden data."""
-    folder = tmp_path_factory.mktemp("golden")
-    curate_golden.write(folder)
-    return folder
 
 
 def contents(out: Path) -> dict[str, bytes]:

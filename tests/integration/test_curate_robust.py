@@ -20,7 +20,6 @@ from data_prep.sharded.code import code_hash
 from data_prep.sharded.store import NAME, replacing
 from posttrain.errors import ConfigError, RequeueError, UserError
 from posttrain.stage import execute_stage
-from tests.integration import curate_golden
 from tests.integration.test_curate import config, save
 from tests.integration.test_curate_sharded import PINNED, curated, in_a_child, pinned
 
@@ -34,14 +33,6 @@ print("begun")
 setting = CurateConfig.model_validate({"kind": "text", "sources": [{"path": "a.jsonl"}], "workers": 2})
 print(execute_stage("curate", setting, Path("run")).status)
 """
-
-
-@pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the golden data."""
-    folder = tmp_path_factory.mktemp("golden")
-    curate_golden.write(folder)
-    return folder
 
 
 def stopped(golden: Path, out: Path, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:

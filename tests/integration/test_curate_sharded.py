@@ -58,14 +58,6 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the golden data."""
-    folder = tmp_path_factory.mktemp("golden")
-    curate_golden.write(folder)
-    return folder
-
-
 def curated(folder: Path, out: Path, rows: int, **block: Any) -> str:
     """Curate the golden data in chunks of so many rows, as the command would; what was said."""
     setting = CurateConfig.model_validate(curate_golden.block(folder, **block))
