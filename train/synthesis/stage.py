@@ -143,9 +143,7 @@ def build_scorer(
     if config.judge is not None:
         unfinished = config.truncated == "mark"
         return Judge(config.judge, context.path("judge.prompt"), config.n, unfinished=unfinished)
-    fields = [] if config.reward is None else ["reward"]
-    members = [] if config.rewards.ensemble is None else config.rewards.ensemble.models
-    fields += [f"rewards.ensemble.models.{index}" for index in range(len(members))]
+    fields = config.rewards.fields_beside(config.reward)
     loaded = load_reward_models(fields, context.path, context.path("model"))
     for member in loaded:
         if member.tokenizer is None:
