@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from data_prep.config import ReadConfig
 from data_prep.dataset import SPLITS, Split, columns, read_info, split_files
@@ -24,7 +24,6 @@ from data_prep.table_rows import parquet_rows
 from posttrain.errors import DataError, UserError
 
 Row = dict[str, Any]
-Style = Literal["conversational", "standard"]
 TYPES: dict[str, tuple[Kind, ...]] = {
     "language-modeling": ("conversation", "text"),
     "prompt-only": ("prompt", "conversation", "preference", "unpaired_preference"),

@@ -30,6 +30,7 @@ from posttrain import (
     cli_parity,
     cli_serve,
 )
+from posttrain.cli_examples import EXAMPLES
 from posttrain.cli_plan import add_plan
 from posttrain.errors import PosttrainError, RequeueError, UserError
 from posttrain.registry import STAGES
@@ -255,40 +256,11 @@ def _run_stage(
         print(f"{kind}: {result.status} ({result.plan.reason}) -> {block.run_dir}", file=sys.stderr)
 
 
-_EXAMPLES = {
-    "curate": "kind=conversation 'sources=[{path: data/*.jsonl}]'",
-    "base": "data=runs/tiny/corpus steps=300",
-    "pretrain": "model=runs/tiny/base data=runs/my-texts trainer.max_steps=100",
-    "sft": "model=runs/tiny/base data=runs/tiny/demos trainer.max_steps=100",
-    "reward": "model=runs/tiny/sft-merged data=runs/tiny/prefs",
-    "dpo": "model=runs/tiny/sft-merged data=runs/tiny/prefs trainer.beta=0.2",
-    "kto": "model=runs/tiny/sft-merged data=runs/tiny/prefs trainer.beta=0.2",
-    "orpo": "model=runs/tiny/base data=runs/tiny/prefs trainer.max_steps=100",
-    "cpo": "model=runs/tiny/sft-merged data=runs/tiny/prefs trainer.loss_type=simpo",
-    "grpo": "model=runs/tiny/sft-merged reward=runs/tiny/reward data=runs/tiny/prompts "
-    "max_prompt_tokens=160 trainer.max_completion_length=64",
-    "rloo": "model=runs/tiny/sft-merged reward=runs/tiny/reward data=runs/tiny/prompts "
-    "max_prompt_tokens=160 trainer.max_completion_length=64",
-    "ppo": "my-ppo.yaml kl_coef=0.1",
-    "synthesize": "kind=preference model=runs/tiny/sft-merged data=runs/tiny/prompts reward=runs/tiny/reward "
-    "max_prompt_tokens=160 max_new_tokens=64",
-    "eval": "models.sft=runs/tiny/sft-merged prompts=runs/tiny/prompts",
-    "judge": "'answers=[{run: runs/tiny/eval}]' 'judges={gold: {kind: gold}}'",
-    "benchmark": "'targets={sft: {kind: model, model: runs/tiny/sft-merged}}' "
-    "'tasks={ppl: {kind: perplexity, dataset: runs/tiny/demos}}'",
-    "merge": "model=runs/tiny/sft",
-    "export": "model=runs/tiny/sft-merged",
-}
-"""Arguments of each stage's command for its help: settings as they are typed, or a file of one's own.
-
-`serve` is also more than a stage, and has a command of its own.
-"""
-
 for _spec in STAGES.values():
     if _spec.name == "serve":
         cli_serve.register(app, _reporting, _run_stage)
         continue
-    _example = f"Example: posttrain {_spec.name} {_EXAMPLES[_spec.name]} --output runs/my-{_spec.name}"
+    _example = f"Example: posttrain {_spec.name} {EXAMPLES[_spec.name]} --output runs/my-{_spec.name}"
     app.command(_spec.name, help=_spec.help, epilog=_example)(_stage_command(_spec.name))
 
 
@@ -420,4 +392,4 @@ cli_compare.register(app, _reporting, _print_json)
 cli_gateway.register(app, _reporting)
 cli_feedback.register(app, _reporting)
 cli_drift.register(app, _reporting)
-cli_annotate.register(app, _reporting)
+cli_annotate.register(app, _reporting, _print_json)

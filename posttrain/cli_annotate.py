@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,6 +14,7 @@ import typer
 
 DEFAULT = "annotate.db"
 Reporting = Callable[[], AbstractContextManager[Any]]
+PrintJson = Callable[[Any], None]
 DatabaseOption = Annotated[
     str,
     typer.Option(
@@ -36,7 +36,7 @@ class Tool(StrEnum):
     LABEL_STUDIO = "label-studio"
 
 
-def register(app: typer.Typer, reporting: Reporting) -> None:
+def register(app: typer.Typer, reporting: Reporting, print_json: PrintJson) -> None:
     """Add the commands to `app`; `reporting` turns their errors into messages and exit codes."""
     commands = typer.Typer(
         no_args_is_help=True,
@@ -49,12 +49,12 @@ def register(app: typer.Typer, reporting: Reporting) -> None:
     app.add_typer(commands, name="annotate")
     people = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Who may log in, and how.")
     commands.add_typer(people, name="annotators")
-    _add_create(commands, reporting)
+    _add_create(commands, reporting, print_json)
     _add_serve(commands, reporting)
-    _add_people(people, reporting)
-    _add_export(commands, reporting)
+    _add_people(people, reporting, print_json)
+    _add_export(commands, reporting, print_json)
     _add_import(commands, reporting)
-    _add_report(commands, reporting)
+    _add_report(commands, reporting, print_json)
 
 
 def _open(url: str, study: str | None) -> tuple[Any, Any]:
@@ -64,7 +64,7 @@ def _open(url: str, study: str | None) -> tuple[Any, Any]:
     return database, load("eval.annotate.store:open_study")(database, study)
 
 
-def _add_create(commands: typer.Typer, reporting: Reporting) -> None:
+def _add_create(commands: typer.Typer, reporting: Reporting, print_json: PrintJson) -> None:
     @commands.command(
         epilog="Example: posttrain annotate create study.yaml --database study.db\n\n"
         "Example: posttrain annotate create name=ppo items=runs/tiny/eval 'pairs=[[sft,ppo]]' overlap=2\n\n"
@@ -96,7 +96,7 @@ def _add_create(commands: typer.Typer, reporting: Reporting) -> None:
             left_out = dict(sorted(loaded.left_out.items()))
             if as_json:
                 made = {"name": config.name, "items": len(loaded.items) - gold, "gold_items": gold}
-                _print_json(made | {"left_out": left_out})
+                print_json(made | {"left_out": left_out})
                 return
             print(
                 f"{config.name}: {len(loaded.items) - gold} items, {gold} gold checks ({_reasons(left_out)})",
@@ -138,7 +138,7 @@ def _add_serve(commands: typer.Typer, reporting: Reporting) -> None:
             run(database, host=host, port=port, study=study, public_url=public_url, proxy=proxy)
 
 
-def _add_people(people: typer.Typer, reporting: Reporting) -> None:
+def _add_people(people: typer.Typer, reporting: Reporting, print_json: PrintJson) -> None:
     @people.command(epilog="Example: posttrain annotate annotators add alice --database study.db")
     def add(
         name: Annotated[str, typer.Argument(help="Who it is, in reports and exports.")],
@@ -167,7 +167,7 @@ def _add_people(people: typer.Typer, reporting: Reporting) -> None:
             opened, found = _open(database, study)
             rows = load("eval.annotate.store:list_annotators")(opened, found)
             if as_json:
-                _print_json(rows)
+                print_json(rows)
                 return
             for row in rows:
                 since = datetime.fromtimestamp(row["created"], UTC).date()
@@ -189,7 +189,7 @@ def _add_people(people: typer.Typer, reporting: Reporting) -> None:
             print(f"{name}: revoked", file=sys.stderr)
 
 
-def _add_export(commands: typer.Typer, reporting: Reporting) -> None:
+def _add_export(commands: typer.Typer, reporting: Reporting, print_json: PrintJson) -> None:
     @commands.command(
         epilog="Example: posttrain annotate export --database study.db --output runs/human\n\n"
         "Then: posttrain reward model=runs/tiny/sft-merged data=runs/human\n\n"
@@ -236,7 +236,7 @@ def _add_export(commands: typer.Typer, reporting: Reporting) -> None:
                 opened, found, output, min_votes=min_votes, min_gold_accuracy=min_gold_accuracy
             )
             if as_json:
-                _print_json(lineage)
+                print_json(lineage)
                 return
             read, made = lineage["source"]["votes"], lineage["output"]["rows"]
             print(f"{output}: {made} rows of {read} votes ({_reasons(lineage['left_out'])})", file=sys.stderr)
@@ -264,7 +264,7 @@ def _add_import(commands: typer.Typer, reporting: Reporting) -> None:
             print(f"{file}: {added} votes added ({_reasons(dict(counts + left_out))})", file=sys.stderr)
 
 
-def _add_report(commands: typer.Typer, reporting: Reporting) -> None:
+def _add_report(commands: typer.Typer, reporting: Reporting, print_json: PrintJson) -> None:
     @commands.command(epilog="Example: posttrain annotate report --database study.db --json")
     def report(
         database: DatabaseOption = DEFAULT, study: StudyOption = None, as_json: AsJson = False
@@ -276,14 +276,10 @@ def _add_report(commands: typer.Typer, reporting: Reporting) -> None:
             opened, found = _open(database, study)
             made = load("eval.annotate.quality:report")(opened, found)
             if as_json:
-                _print_json(made)
+                print_json(made)
             else:
                 print(load("eval.annotate.text:as_text")(made))
 
 
 def _reasons(counts: dict[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in counts.items()) or "nothing left out"
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -116,9 +116,7 @@ def load_rewards(
         "trainer.max_completion_length": args.max_completion_length,
     }
     check_positions("model", model, lengths)
-    fields = [] if config.reward is None else ["reward"]
-    members = [] if config.rewards.ensemble is None else config.rewards.ensemble.models
-    fields += [f"rewards.ensemble.models.{index}" for index in range(len(members))]
+    fields = config.rewards.fields_beside(config.reward)
     loaded = load_reward_models(fields, context.path, context.path("model"))
     for member in loaded:
         if member.tokenizer is None:

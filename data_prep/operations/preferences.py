@@ -9,7 +9,6 @@ of the split, whatever it is by. How much longer chosen answers are is stated.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_prep.figures import share_interval
 from data_prep.operations.base import Decided, Dropped, Row, Stays, Views, verdict_table
 from data_prep.operations.view_columns import Cells, blocks, place, same_as_first
 from data_prep.records import PreferenceRecord
@@ -142,19 +142,15 @@ def _verdict(prompt: int, wordless: int, alike: bool, opposite: str | None) -> S
 def length_bias(chosen: NDArray[np.int32], rejected: NDArray[np.int32]) -> dict[str, Any]:
     """How often and by how much chosen is the longer one, in characters; nothing without pairs.
 
-    chosen_longer: share among pairs of unlike lengths, with its 95 % interval (Wilson, Probable inference,
-    1927).
+    chosen_longer: share among pairs of unlike lengths, with its 95 % interval (`share_interval`).
     """
     unlike = int((chosen != rejected).sum())
     if not unlike:
         return {}
-    n, z = unlike, 1.96
-    share = int((chosen > rejected).sum()) / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    longer = int((chosen > rejected).sum())
     return {
-        "chosen_longer": round(share, 4),
-        "chosen_longer_95": [round(centre - half, 4), round(centre + half, 4)],
+        "chosen_longer": round(longer / unlike, 4),
+        "chosen_longer_95": [round(limit, 4) for limit in share_interval(longer, unlike)],
         "mean_characters_chosen": round(int(chosen.sum(dtype=np.int64)) / len(chosen), 1),
         "mean_characters_rejected": round(int(rejected.sum(dtype=np.int64)) / len(rejected), 1),
     }

@@ -16,7 +16,6 @@ import threading
 import time
 from collections import Counter
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 
@@ -30,12 +29,12 @@ from eval.judging.request import (
     tokens_of,
 )
 from eval.judging.templates import Message
+from posttrain.endpoint import open_client, redacted
 from posttrain.errors import UserError
 from posttrain.hashing import hash_json
 
 _FATAL = (401, 403, 404)
 _RETRIED = (408, 409, 429)
-_NO_KEY = "none"
 _MOST_TOKENS = 10**9
 """A count above it is no count."""
 
@@ -51,21 +50,7 @@ class Endpoint:
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._random = random.Random()
-        # Without a key of its own the client would take OPENAI_API_KEY, and send it to a stranger.
-        try:
-            self._client = openai.OpenAI(
-                api_key=key or _NO_KEY,
-                base_url=config.base_url,
-                max_retries=0,
-                timeout=config.timeout_s,
-                http_client=openai.DefaultHttpxClient(follow_redirects=False),
-                default_headers=_of_strangers(config.base_url),
-            )
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"{config.base_url}: cannot be asked ({self._redacted(str(error))})\n"
-                "    look at the address, and at HTTP_PROXY, HTTPS_PROXY and ALL_PROXY of the environment"
-            ) from None
+        self._client = open_client(config.base_url, key, timeout=config.timeout_s, max_retries=0)
 
     def body(self, messages: list[Message]) -> dict[str, Any]:
         """What is sent, the key apart."""
@@ -208,19 +193,11 @@ class Endpoint:
             raise StoppedError
 
     def _redacted(self, text: str) -> str:
-        text = " ".join(text.split())
-        return (text.replace(self._key, "***") if self._key else text)[:300]
+        return redacted(text, self._key)
 
 
 class _MalformedError(Exception):
     pass
-
-
-def _of_strangers(base_url: str) -> dict[str, Any]:
-    """Default headers: OPENAI_ORG_ID and OPENAI_PROJECT_ID of the environment are for OpenAI alone."""
-    if urlsplit(base_url).hostname == "api.openai.com":
-        return {}
-    return {"OpenAI-Organization": openai.Omit(), "OpenAI-Project": openai.Omit()}
 
 
 def _storable(text: str) -> str:

@@ -50,6 +50,14 @@ def test_scores_and_the_key_in_the_header_alone(endpoint, judge):
     assert not any(KEY in text for text, _ in endpoint.seen)
 
 
+def test_the_organisation_of_the_environment_is_not_told_to_strangers(endpoint, judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-planted")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-planted")
+    judge(1)(drawn("one"))
+    _, headers = endpoint.seen[0]
+    assert not {"org-planted", "proj-planted"} & set(headers.values())
+
+
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_endpoint_is_asked_again(endpoint, judge, status):
     endpoint.answer = lambda text, count: (status, "") if count < 3 else (200, "[[9]]")

@@ -123,6 +123,12 @@ class RewardsConfig(StrictModel):
                 "with a weight other than 0"
             )
 
+    def fields_beside(self, reward: str | None) -> list[str]:
+        """The fields of the stage that name a reward model: `reward` if it does, and the ensemble's."""
+        members = [] if self.ensemble is None else self.ensemble.models
+        fields = [f"rewards.ensemble.models.{index}" for index in range(len(members))]
+        return fields if reward is None else ["reward", *fields]
+
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:
         names = ["model", "length_penalty", "repetition_penalty"] + [item.label for item in self.functions]

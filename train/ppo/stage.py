@@ -151,9 +151,7 @@ def build_scorers(
     own: list[RewardSource] = []
     if networks.reward_trunk is not None:
         own.append(NetworkReward(networks, config.micro_batch_tokens, tokenizer.pad_token_id))
-    fields = [] if config.reward is None or own else ["reward"]
-    members = config.rewards.ensemble.models if config.rewards.ensemble is not None else []
-    fields += [f"rewards.ensemble.models.{index}" for index in range(len(members))]
+    fields = config.rewards.fields_beside(None if own else config.reward)
     loaded = load_reward_models(fields, context.path, context.path("model"))
     for member in loaded:
         if member.tokenizer is None:

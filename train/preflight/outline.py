@@ -24,7 +24,7 @@ from train.ppo.config import PpoStageConfig
 from train.preflight.disk import disk_room, gigabytes
 from train.preflight.lora import check_lora
 from train.preflight.models import Size, check_length, head_alone, measure, skeleton
-from train.preflight.ppo import check_policy_length, lengths, reward_fields
+from train.preflight.ppo import check_policy_length, lengths
 from train.prompts import check_positions
 
 Trained = TrainingStageConfig | PpoStageConfig
@@ -44,7 +44,7 @@ def check(config: Trained | MergeConfig, outlines: Mapping[str, Outline]) -> Fin
         _check_start(config, model, findings)
         _check_model(config, model, findings)
     if isinstance(config, (PpoStageConfig, OnlineConfig)):
-        for field in reward_fields(config):
+        for field in config.rewards.fields_beside(config.reward):
             if field in outlines:
                 _check_reward(config, field, outlines[field], findings)
     if isinstance(config, PpoStageConfig):

@@ -46,7 +46,7 @@ def check_ppo(config: PpoStageConfig, paths: Mapping[str, Path], run_dir: Path) 
     held_out = config.held_out is not None
     samples = read_prompts(config, paths["data"], held_out, findings) if "data" in paths else []
     findings.add(check_processes(config, device, None))
-    for field in reward_fields(config):
+    for field in config.rewards.fields_beside(config.reward):
         if field in paths:
             check_reward(config, field, paths, samples, findings)
     if "model" not in paths:
@@ -61,7 +61,7 @@ def check_online(config: OnlineConfig, paths: Mapping[str, Path], run_dir: Path)
     findings = Findings()
     evaluates = config.trainer.get("eval_strategy", "no") != "no"
     samples = read_prompts(config, paths["data"], evaluates, findings) if "data" in paths else []
-    for field in reward_fields(config):
+    for field in config.rewards.fields_beside(config.reward):
         if field in paths:
             check_reward(config, field, paths, samples, findings)
     check_trained(config, TaskType.CAUSAL_LM, paths, [], run_dir, findings)
@@ -72,13 +72,6 @@ def check_online(config: OnlineConfig, paths: Mapping[str, Path], run_dir: Path)
         check_policy_length(config, model, findings)
     check_tokens(config, paths["model"], samples, findings)
     return findings
-
-
-def reward_fields(config: Sampling) -> list[str]:
-    """The fields that name a reward model."""
-    members = config.rewards.ensemble.models if config.rewards.ensemble is not None else []
-    fields = [f"rewards.ensemble.models.{index}" for index in range(len(members))]
-    return fields if config.reward is None else ["reward", *fields]
 
 
 def check_tokens(config: Sampling, path: Path, samples: Sequence[Sample], findings: Findings) -> None:

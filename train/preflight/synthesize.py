@@ -15,7 +15,6 @@ from train.preflight.ppo import (
     check_tokens,
     is_reward_model,
     read_prompts,
-    reward_fields,
 )
 from train.synthesis.config import SynthesizeConfig, prompt_problem
 from train.synthesis.stage import reuse
@@ -39,7 +38,7 @@ def check_synthesize(config: SynthesizeConfig, paths: Mapping[str, Path]) -> Fin
         if problem:
             findings.fail("judge.prompt", problem, "add it to the file")
     samples = read_prompts(config, paths["data"], True, findings) if "data" in paths else []
-    for field in reward_fields(config):
+    for field in config.rewards.fields_beside(config.reward):
         if field in paths:
             check_reward(config, field, paths, samples, findings)
     if config.model is None or "model" not in paths:

@@ -14,7 +14,7 @@ from typing import Any
 
 from data_prep.card import card_markdown
 from data_prep.dataset import DATASET_FILES, SPLITS, Split, columns, content_hash, to_row, write_split
-from data_prep.figures import figures_of, length_summary
+from data_prep.figures import Figures, length_summary
 from data_prep.ingest import Reject
 from data_prep.page import report_html, sample_places
 from data_prep.records import ConversationRecord, InvalidRecord, Message, PreferenceRecord, Record, excerpt
@@ -141,6 +141,7 @@ def _demo(row: Mapping[str, Any], answer: Answer) -> ConversationRecord:
 def describe(
     config: SynthesizeConfig,
     selected: Selected,
+    figures: Figures,
     prompts_in: int,
     source: Mapping[str, Any],
     split: Mapping[str, Any],
@@ -149,7 +150,7 @@ def describe(
     """What dataset.json says: that of a curate run, and `synthesis`. rows_in are prompts:
     rows_in + rows_repeated = rows_out + drops.
 
-    source: name, rows and sha256 of the prompts. split: how they were divided.
+    figures: of the selected rows. source: name, rows and sha256 of the prompts. split: how they were divided.
     """
     rows = selected.rows
     counts = {side: len(rows[side]) for side in SPLITS}
@@ -169,7 +170,7 @@ def describe(
         "filters": {"min_chars": None, "max_chars": None},
         "split": {**split, "groups": groups},
         "columns": columns(config.kind),
-        "lengths": length_summary(figures_of(config.kind, rows)),
+        "lengths": length_summary(figures),
         "synthesis": {
             **synthesis,
             "selection": selection_settings(config),
@@ -187,14 +188,18 @@ def selection_settings(config: SynthesizeConfig) -> dict[str, Any]:
 
 
 def write_directory(
-    directory: Path, info: Mapping[str, Any], selected: Selected, prompts: Sequence[Answered]
+    directory: Path,
+    info: Mapping[str, Any],
+    selected: Selected,
+    figures: Figures,
+    prompts: Sequence[Answered],
 ) -> None:
     """Write DATASET_FILES and answers.jsonl: first all aside, then renamed into place, dataset.json last."""
     lines = lineage_lines(info["synthesis"])
     train = selected.rows["train"]
     page = report_html(
         info,
-        figures_of(info["kind"], selected.rows),
+        figures,
         [train[place] for place in sample_places(len(train))],
         {drop.reason: drop for drop in reversed(selected.dropped)},
         Counter(drop.reason for drop in selected.dropped),

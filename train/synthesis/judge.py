@@ -17,6 +17,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from posttrain.endpoint import open_client
 from posttrain.errors import PosttrainError, UserError
 from train.synthesis.config import JudgeConfig, prompt_problem
 from train.synthesis.sampling import Drawn
@@ -61,32 +62,20 @@ class Judge:
     """Asks the endpoint about every answer (mode score) or every two answers in both orders (pairwise).
 
     n: answers to a prompt. unfinished: whether answers without their end token are judged too. Raises
-    UserError for a prompt file that lacks a placeholder, a missing key and a missing package.
+    UserError for a prompt file that lacks a placeholder, a missing key and as `open_client` does.
     """
 
     def __init__(self, config: JudgeConfig, prompt_file: Path, n: int, *, unfinished: bool) -> None:
         problem = prompt_problem(prompt_file, config.mode)
         if problem:
             raise UserError(f"judge.prompt: {problem}")
-        try:
-            import openai
-        except ImportError as error:
-            raise UserError(
-                "judge: the package openai is missing\n    pip install 'posttrain[judge]'"
-            ) from error
-        key = os.environ.get(config.api_key_env) if config.api_key_env else "none"
-        if not key:
+        key = os.environ.get(config.api_key_env) if config.api_key_env else None
+        if config.api_key_env and not key:
             raise UserError(f"judge.api_key_env: the environment variable {config.api_key_env} is not set")
         self.config, self.n, self.unfinished = config, n, unfinished
         self.template = prompt_file.read_text(encoding="utf-8")
-        self.openai = openai
-        self.client = openai.OpenAI(
-            base_url=config.base_url,
-            api_key=key,
-            timeout=config.timeout,
-            max_retries=config.max_retries,
-            # Neither prompts nor the key follow a redirect to another host.
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+        self.client = open_client(
+            config.base_url, key, timeout=config.timeout, max_retries=config.max_retries
         )
 
     def __call__(self, drawn: Drawn) -> list[Verdict]:
@@ -147,7 +136,9 @@ class Judge:
 
     def _reply(self, request: str, attempt: int) -> str | None:
         """The text of one reply, None for what is no reply; the client tries again by itself."""
-        openai, place = self.openai, f"the judge at {self.config.base_url}"
+        import openai
+
+        place = f"the judge at {self.config.base_url}"
         optional = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
         arguments: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
         try:

@@ -20,6 +20,7 @@ from datasets import concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
 from data_prep.dataset import SPLITS, Split, read_info, read_split
+from data_prep.figures import figures_of
 from data_prep.ingest import Reject
 from data_prep.records import excerpt
 from posttrain.errors import DataError, RequeueError, UserError
@@ -66,13 +67,14 @@ def run(config: SynthesizeConfig, context: StageContext) -> dict[str, Any]:
         lineage, prompts_in = describe_sampling(config, context), len(answered) + len(too_long)
         found = context.inputs["data"]
         origin = {"name": name_of(found), "rows": prompts_in, "sha256": found.content_hash}
-        split = split_of(context.path("data"), len(answered), too_long)
+        split = split_of(context.path("data"))
     with context.phase("select"):
         selected = select(config, answered, too_long)
         numbers = {name: lineage[name] for name in LINEAGE} | statistics(answered, config.truncated)
-        info = describe(config, selected, prompts_in, origin, split, numbers)
+        figures = figures_of(config.kind, selected.rows)
+        info = describe(config, selected, figures, prompts_in, origin, split, numbers)
     with context.phase("write"):
-        write_directory(context.run_dir, info, selected, answered)
+        write_directory(context.run_dir, info, selected, figures, answered)
     return summary(info, context)
 
 
@@ -143,9 +145,7 @@ def build_scorer(
     if config.judge is not None:
         unfinished = config.truncated == "mark"
         return Judge(config.judge, context.path("judge.prompt"), config.n, unfinished=unfinished)
-    fields = [] if config.reward is None else ["reward"]
-    members = [] if config.rewards.ensemble is None else config.rewards.ensemble.models
-    fields += [f"rewards.ensemble.models.{index}" for index in range(len(members))]
+    fields = config.rewards.fields_beside(config.reward)
     loaded = load_reward_models(fields, context.path, context.path("model"))
     for member in loaded:
         if member.tokenizer is None:
@@ -248,7 +248,7 @@ def name_of(found: ResolvedInput) -> str:
     return found.hub_id or Path(found.ref).name
 
 
-def split_of(directory: Path, answered: int, too_long: Sequence[Reject]) -> dict[str, Any]:
+def split_of(directory: Path) -> dict[str, Any]:
     """How the prompts were divided, as their dataset.json says."""
     split = (read_info(directory) or {}).get("split", {})
     return {
