@@ -15,7 +15,7 @@ import numpy as np
 from scipy.special import expit
 
 from eval.statistics.bootstrap import bootstrap_limits
-from eval.statistics.intervals import Clusters, Interval, cluster_codes, finite_array
+from eval.statistics.intervals import Clusters, Interval, cluster_codes, unit_array
 
 ELO_PER_LOG_ODDS = 400 / np.log(10)
 _MAX_STEP = 2.0
@@ -191,11 +191,9 @@ def _unit_tables(
     codes: np.ndarray,
 ) -> np.ndarray:
     """Win tables by cluster, shape (clusters, m, m)."""
-    values = finite_array(outcomes)
+    values = unit_array(outcomes, "outcomes")
     if not len(first) == len(second) == values.size:
         raise ValueError(f"{len(first)} first players, {len(second)} second ones, {values.size} outcomes")
-    if values.min() < 0 or values.max() > 1:
-        raise ValueError(f"outcomes lie in [0, 1], got {values.min():g} to {values.max():g}")
     position = {name: k for k, name in enumerate(names)}
     i, j = (np.array([position[name] for name in side]) for side in (first, second))
     if (i == j).any():

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import expit
 from sklearn import metrics
 
-from eval.statistics.intervals import Values, finite_array
+from eval.statistics.intervals import Values, finite_array, unit_array
 from posttrain.calibration import expected_calibration_error, fit_temperature
 
 Labels = Sequence[int] | np.ndarray
@@ -91,9 +91,7 @@ def probability_report(labels: Labels, probabilities: Values, bins: int = 10) ->
     Returns `log_loss` (nats), `brier`, `ece` (expected calibration error) and the `bins` of the reliability
     plot behind it. Raises ValueError for probabilities outside [0, 1].
     """
-    y, p = _binary(labels), finite_array(probabilities)
-    if p.min() < 0 or p.max() > 1:
-        raise ValueError(f"probabilities lie in [0, 1], got {p.min():g} to {p.max():g}")
+    y, p = _binary(labels), unit_array(probabilities, "probabilities")
     rows = reliability(y, p, bins)
     return {
         "log_loss": float(metrics.log_loss(y, p, labels=[0, 1])),

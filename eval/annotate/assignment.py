@@ -67,7 +67,7 @@ def renew(session: Session, study: Study, assignment: str, now: float) -> None:
     """Begin the lease of an open assignment anew."""
     session.run(
         "UPDATE assignments SET lease = :lease WHERE id = :id AND state = 'open'",
-        lease=now + study.config.lease_minutes * 60,
+        lease=_lease(study, now),
         id=assignment,
     )
 
@@ -77,17 +77,32 @@ def take_back(session: Session, study: Study, assignment: Row, now: float) -> bo
 
     assignment: a row with `id`, `item`, `taken` and `is_gold`.
     """
-    if not assignment["is_gold"] and assignment["taken"] >= study.config.overlap:
+    if not has_room(study, assignment):
         return False
     session.run("UPDATE items SET taken = taken + 1 WHERE id = :item", item=assignment["item"])
+    reopen(session, study, assignment["id"], now)
+    return True
+
+
+def has_room(study: Study, item: Row) -> bool:
+    """Whether one more vote on it is wanted: a gold check takes any number. item: `taken` and `is_gold`."""
+    return bool(item["is_gold"] or item["taken"] < study.config.overlap)
+
+
+def reopen(session: Session, study: Study, assignment: str, now: float) -> None:
+    """Open an assignment that has its place, as if it were shown now for the first time."""
     session.run(
         "UPDATE assignments SET state = 'open', lease = :lease, shown = :now, ended = NULL, "
         "skip_reason = NULL, skip_comment = NULL WHERE id = :id",
-        lease=now + study.config.lease_minutes * 60,
+        lease=_lease(study, now),
         now=now,
-        id=assignment["id"],
+        id=assignment,
     )
-    return True
+
+
+def _lease(study: Study, now: float) -> float:
+    """When a lease ends that begins now."""
+    return now + study.config.lease_minutes * 60
 
 
 def _resume(session: Session, study: Study, annotator: str, now: float) -> str | None:
@@ -131,7 +146,7 @@ def _new(session: Session, study: Study, annotator: str, now: float) -> str | No
         item=item,
         annotator=annotator,
         swapped=int(study.keyed("order", annotator, item), 16) & 1,
-        lease=now + study.config.lease_minutes * 60,
+        lease=_lease(study, now),
         now=now,
     )
     session.run("UPDATE items SET taken = taken + 1 WHERE id = :item", item=item)

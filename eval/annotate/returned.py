@@ -12,10 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from eval.annotate.assignment import has_room, nonce_of
 from eval.annotate.database import Database, Session
 from eval.annotate.exchange import LABELS, NOBODY, RATING_LABELS, Tool
-from eval.annotate.store import Study, dump, insert_annotator
-from eval.annotate.votes import Opinion, as_seen
+from eval.annotate.store import Study, insert_annotator
+from eval.annotate.votes import Opinion, as_seen, insert_vote
 from posttrain.errors import DataError, UserError
 
 FROM_LABEL = {label: name for name, label in LABELS.items()} | {"left": "first", "right": "second"}
@@ -165,7 +166,7 @@ def _add(session: Session, study: Study, vote: Returned, now: float) -> str:
     )
     if before:
         return "there_already" if before[0]["preferred"] == vote.preferred else "voted_otherwise"
-    if not item["is_gold"] and item["taken"] >= study.config.overlap:
+    if not has_room(study, item):
         return "over_overlap"
     moment = now if vote.time is None else vote.time
     assignment = uuid.uuid4().hex
@@ -178,17 +179,7 @@ def _add(session: Session, study: Study, vote: Returned, now: float) -> str:
         now=moment,
         shown=moment - vote.seconds,
     )
-    session.run(
-        "INSERT INTO votes (nonce, assignment, choice, preferred, ratings, comment, seconds, time) "
-        "VALUES (:nonce, :assignment, :choice, :preferred, :ratings, :comment, :seconds, :time)",
-        nonce=study.keyed("nonce", assignment, 0)[:32],
-        assignment=assignment,
-        choice=as_seen(vote.preferred, 0),
-        preferred=vote.preferred,
-        ratings=dump(vote.opinion.ratings),
-        comment=dump(vote.opinion.comment),
-        seconds=vote.seconds,
-        time=moment,
-    )
+    nonce, choice = nonce_of(session, study, assignment), as_seen(vote.preferred, 0)
+    insert_vote(session, nonce, assignment, choice, vote.preferred, vote.opinion, vote.seconds, moment)
     session.run("UPDATE items SET taken = taken + 1 WHERE id = :item", item=item["id"])
     return "added"

@@ -69,20 +69,37 @@ def vote(
         shown = row["shown"]
         if row["state"] == "expired" and not assignments.take_back(session, study, row, now):
             raise RefusedError("The item was left open for too long, and others have voted on it meanwhile.")
-        session.run(
-            "INSERT INTO votes (nonce, assignment, choice, preferred, ratings, comment, seconds, time) "
-            "VALUES (:nonce, :assignment, :choice, :preferred, :ratings, :comment, :seconds, :now)",
-            nonce=nonce,
-            assignment=assignment,
-            choice=choice,
-            preferred=as_stored(choice, row["swapped"]),
-            ratings=dump({name: as_stored(value, row["swapped"]) for name, value in opinion.ratings.items()}),
-            comment=dump(opinion.comment),
-            seconds=max(now - shown, 0.0),
-            now=now,
-        )
+        ratings = {name: as_stored(value, row["swapped"]) for name, value in opinion.ratings.items()}
+        stored = Opinion(ratings, opinion.comment)
+        preferred = as_stored(choice, row["swapped"])
+        insert_vote(session, nonce, assignment, choice, preferred, stored, max(now - shown, 0.0), now)
         _end(session, assignment, "voted", now)
     return True
+
+
+def insert_vote(
+    session: Session,
+    nonce: str,
+    assignment: str,
+    choice: str,
+    preferred: str,
+    opinion: Opinion,
+    seconds: float,
+    time: float,
+) -> None:
+    """The row of a vote. preferred and the opinion's ratings are as `as_stored` has them."""
+    session.run(
+        "INSERT INTO votes (nonce, assignment, choice, preferred, ratings, comment, seconds, time) "
+        "VALUES (:nonce, :assignment, :choice, :preferred, :ratings, :comment, :seconds, :time)",
+        nonce=nonce,
+        assignment=assignment,
+        choice=choice,
+        preferred=preferred,
+        ratings=dump(opinion.ratings),
+        comment=dump(opinion.comment),
+        seconds=seconds,
+        time=time,
+    )
 
 
 def skip(
@@ -141,13 +158,7 @@ def undo(database: Database, study: Study, annotator: str, last: str, now: float
             return
         session.run("UPDATE votes SET withdrawn = :now WHERE nonce = :nonce", now=now, nonce=last)
         # Its place is taken already: the vote had it.
-        session.run(
-            "UPDATE assignments SET state = 'open', lease = :lease, shown = :now, ended = NULL "
-            "WHERE id = :id",
-            lease=now + study.config.lease_minutes * 60,
-            now=now,
-            id=row["id"],
-        )
+        assignments.reopen(session, study, row["id"], now)
         ratings = json.loads(row["ratings"])
         seen = {name: as_seen(value, row["swapped"]) for name, value in ratings.items()}
         _save_draft(session, row["id"], Opinion(seen, json.loads(row["comment"])))

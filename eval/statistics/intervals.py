@@ -42,6 +42,14 @@ def finite_array(values: Values) -> np.ndarray:
     return array
 
 
+def unit_array(values: Values, what: str) -> np.ndarray:
+    """`finite_array` of values in [0, 1]. Raises ValueError that calls them `what`."""
+    array = finite_array(values)
+    if array.min() < 0 or array.max() > 1:
+        raise ValueError(f"{what} lie in [0, 1], got {array.min():g} to {array.max():g}")
+    return array
+
+
 def cluster_codes(clusters: Clusters | None, size: int) -> np.ndarray:
     """Cluster number of each of `size` observations, shape (size,); without clusters each is its own."""
     if clusters is None:

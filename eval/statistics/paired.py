@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from eval.statistics.bootstrap import bootstrap_interval
-from eval.statistics.intervals import Clusters, Interval, Values, cluster_sums, finite_array
+from eval.statistics.intervals import Clusters, Interval, Values, cluster_sums, finite_array, unit_array
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def permutation_test(
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
     """Adjusted p-values of Holm (1979): at level a, the chance of any false finding is at most a."""
-    p = _p_values(p_values)
+    p = unit_array(p_values, "p-values")
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(p[order] * (p.size - np.arange(p.size)))
     adjusted = np.empty_like(p)
@@ -118,11 +118,4 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 def benjamini_hochberg(p_values: Sequence[float]) -> np.ndarray:
     """Adjusted p-values of Benjamini and Hochberg (1995): of the findings at most a share a is false."""
-    return np.asarray(stats.false_discovery_control(_p_values(p_values), method="bh"))
-
-
-def _p_values(p_values: Sequence[float]) -> np.ndarray:
-    p = finite_array(p_values)
-    if p.min() < 0 or p.max() > 1:
-        raise ValueError(f"p-values lie in [0, 1], got {p.min():g} to {p.max():g}")
-    return p
+    return np.asarray(stats.false_discovery_control(unit_array(p_values, "p-values"), method="bh"))

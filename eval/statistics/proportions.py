@@ -10,8 +10,8 @@ from eval.statistics.intervals import (
     Interval,
     Values,
     cluster_codes,
-    finite_array,
     mean_standard_error,
+    unit_array,
 )
 
 
@@ -46,9 +46,7 @@ def proportion_interval(
     do the opposite. With all outcomes 0 or all 1 there is no variance to estimate and each cluster counts
     once: 0 of 20 prompts is not certainty. All ties give a zero-width interval.
     """
-    array = finite_array(outcomes)
-    if array.min() < 0 or array.max() > 1:
-        raise ValueError(f"outcomes lie in [0, 1], got {array.min():g} to {array.max():g}")
+    array = unit_array(outcomes, "outcomes")
     groups = int(cluster_codes(clusters, array.size).max()) + 1
     p, error = float(array.mean()), mean_standard_error(array, clusters)
     if groups == 1 or p in (0.0, 1.0):

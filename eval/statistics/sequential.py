@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from eval.statistics.intervals import Clusters, Values, cluster_codes, finite_array
+from eval.statistics.intervals import Clusters, Values, cluster_codes, unit_array
 
 _TRUNCATION = 0.5
 """A bet risks at most this part of the capital: c in the paper."""
@@ -44,7 +44,7 @@ class Decision:
 
 def capital(outcomes: Values, means: np.ndarray, alpha: float = 0.05) -> np.ndarray:
     """Log of the hedged capital after each outcome, shape (n, means): the evidence against each mean."""
-    x = _bounded(outcomes)
+    x = unit_array(outcomes, "outcomes")
     bets = _bets(x, alpha)[:, None]
     m = np.asarray(means, dtype=np.float64)[None, :]
     with np.errstate(divide="ignore"):
@@ -60,7 +60,7 @@ def confidence_sequence(
 
     Means are tried on a grid of `grid` cells; limits are moved out by one cell, so it errs on the safe side.
     """
-    x = _bounded(outcomes)
+    x = unit_array(outcomes, "outcomes")
     means = np.arange(1, grid) / grid
     low, high = np.empty(x.size), np.empty(x.size)
     kept = capital(x, means, 1 - confidence) < -np.log(1 - confidence)
@@ -88,7 +88,7 @@ def decide(
         margin: a mean surely within `null` +- `margin` is "equivalent": more votes would not matter.
         confidence: 1 minus the chance of a wrong verdict, over all the times one looks.
     """
-    x = _unit_means(_bounded(outcomes), clusters)
+    x = _unit_means(unit_array(outcomes, "outcomes"), clusters)
     low, high = confidence_sequence(x, confidence)
     wealth = np.maximum.accumulate(capital(x, np.array([null]), 1 - confidence)[:, 0])
     against = wealth >= -np.log(1 - confidence)
@@ -111,13 +111,6 @@ def decide(
         float(min(1.0, np.exp(-wealth[-1]))),
         decided,
     )
-
-
-def _bounded(outcomes: Values) -> np.ndarray:
-    x = finite_array(outcomes)
-    if x.min() < 0 or x.max() > 1:
-        raise ValueError(f"outcomes lie in [0, 1], got {x.min():g} to {x.max():g}")
-    return x
 
 
 def _bets(x: np.ndarray, alpha: float) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +18,6 @@ from eval.annotate.study import StudyConfig, load_items
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from bench_annotate import Server, is_right, measure, private_postgres
 
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 MARKUP = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
 
 
@@ -50,18 +38,6 @@ def test_two_thousand_votes_and_three_kills_on_both_databases(tmp_path: Path) ->
     assert all(map(is_right, results)), results
     assert [result["votes"] for result in results] == [2000, 2000]
     assert len({result["export_sha256"] for result in results}) == 1
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium, without a window."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no chromium; apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield opened
-        opened.close()
 
 
 class Served:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,6 @@ from data_prep.config import CurateConfig
 from tests.integration.test_curate import save
 from tests.integration.test_curate_operations import curate
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = shutil.which("chromium")
-if CHROMIUM is None:
-    pytest.skip("no chromium; apt-get install chromium", allow_module_level=True)
-ARGUMENTS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-).split()
 HOSTILE = (
     "</script></style><img src=x onerror=\"document.title='hacked'\"><script>document.title='x'</script>"
 )
@@ -71,56 +62,52 @@ def directory(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
     return folder / "out"
 
 
-def test_every_plot_and_nothing_of_the_data_runs(directory: Path, tmp_path: Path) -> None:
+def test_every_plot_and_nothing_of_the_data_runs(directory: Path, browser: Any, tmp_path: Path) -> None:
     page_file = directory / "report.html"
     text = page_file.read_text(encoding="utf-8")
     assert "<script" not in text and "<img" not in text and "<i onclick" not in text
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1100, "height": 900})
-        console: list[str] = []
-        urls: list[str] = []
-        page.on("console", lambda message: console.append(message.text))
-        page.on("pageerror", lambda error: console.append(str(error)))
-        page.on("request", lambda request: urls.append(request.url))
-        page.goto(page_file.as_uri())
-        assert page.title() == "Data set: preference"
-        drawn = [
-            str(each.get_attribute("aria-label"))
-            for each in page.get_by_role("img").all()
-            if each.is_visible()
-        ]
-        assert set(drawn) == {
-            "rows left after each step",
-            "share of each source by side",
-            "clusters of near_duplicates by size",
-            "largest clusters of near_duplicates",
-            "rows flagged against exam.jsonl",
-            "rows by length of prompt",
-            "rows by length of chosen",
-            "rows by length of rejected",
-            "rows by length of whole row",
-            "pairs by length of chosen less that of rejected",
-            "rows by language",
-            "personal data by type",
-        }
-        samples = page.locator("article")
-        whole = samples.count()
-        assert samples.filter(visible=True).count() == whole == 9
-        page.get_by_role("radio", name="<i onclick=alert(1)>.jsonl").check()
-        left = samples.filter(visible=True)
-        assert 0 < left.count() < whole
-        assert HOSTILE in left.first.inner_text()
-        page.get_by_label("all sources").check()
-        assert samples.filter(visible=True).count() == whole
-        wide = page.evaluate("document.documentElement.scrollWidth")
-        assert wide <= 1100
-        colours = []
-        for scheme in ("light", "dark"):
-            page.emulate_media(color_scheme=scheme)
-            colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-            page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
-        assert colours[0] != colours[1]
-        browser.close()
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    console: list[str] = []
+    urls: list[str] = []
+    page.on("console", lambda message: console.append(message.text))
+    page.on("pageerror", lambda error: console.append(str(error)))
+    page.on("request", lambda request: urls.append(request.url))
+    page.goto(page_file.as_uri())
+    assert page.title() == "Data set: preference"
+    drawn = [
+        str(each.get_attribute("aria-label")) for each in page.get_by_role("img").all() if each.is_visible()
+    ]
+    assert set(drawn) == {
+        "rows left after each step",
+        "share of each source by side",
+        "clusters of near_duplicates by size",
+        "largest clusters of near_duplicates",
+        "rows flagged against exam.jsonl",
+        "rows by length of prompt",
+        "rows by length of chosen",
+        "rows by length of rejected",
+        "rows by length of whole row",
+        "pairs by length of chosen less that of rejected",
+        "rows by language",
+        "personal data by type",
+    }
+    samples = page.locator("article")
+    whole = samples.count()
+    assert samples.filter(visible=True).count() == whole == 9
+    page.get_by_role("radio", name="<i onclick=alert(1)>.jsonl").check()
+    left = samples.filter(visible=True)
+    assert 0 < left.count() < whole
+    assert HOSTILE in left.first.inner_text()
+    page.get_by_label("all sources").check()
+    assert samples.filter(visible=True).count() == whole
+    wide = page.evaluate("document.documentElement.scrollWidth")
+    assert wide <= 1100
+    colours = []
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
+    assert colours[0] != colours[1]
+    page.close()
     assert console == []
     assert urls == [page_file.as_uri()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,39 +221,30 @@ def test_the_command_prints_json(runs: tuple[Path, Path], tmp_path: Path) -> Non
     assert "Slices that got worse" in plain.stdout
 
 
-def test_the_browser_of_samples_filters_and_sorts(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_browser_of_samples_filters_and_sorts(
+    browser: Any, runs: tuple[Path, Path], tmp_path: Path
+) -> None:
     """In Chromium: what a model wrote does not run, the page's own script does."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium: apt-get install chromium")
     gold = [json.loads(line)["answers"]["ppo"]["gold"] for line in (runs[1] / "samples.jsonl").open()]
     b = write_eval_run(tmp_path / "b", {"ppo": gold}, texts={3: "<script>window.hacked = 1</script>"})
     write_page(compare(runs[0], b, QUICK), tmp_path / "page.html")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium,
-            args=["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic"],
-        )
-        page = browser.new_page()
-        problems: list[str] = []
-        page.on("console", lambda message: problems.append(message.text))
-        page.goto((tmp_path / "page.html").as_uri())
-        assert page.inner_text("#shown") == "80 of 80"
-        page.select_option("#which", "worse")
-        assert page.inner_text("#shown") == "40 of 80"
-        page.select_option("#slice", "source=a")
-        assert page.inner_text("#shown") == "0 of 80"
-        page.select_option("#which", "all")
-        page.fill("#text", "question 4?")
-        assert page.inner_text("#shown") == "1 of 80"
-        page.fill("#text", "")
-        page.select_option("#slice", "")
-        page.select_option("#sort", "gain")
-        gains = page.evaluate(
-            "Array.from(document.querySelectorAll('#list details'), row => +row.dataset.gain)"
-        )
-        assert gains == sorted(gains, reverse=True)
-        assert page.evaluate("window.hacked") is None
-        browser.close()
+    page = browser.new_page()
+    problems: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.goto((tmp_path / "page.html").as_uri())
+    assert page.inner_text("#shown") == "80 of 80"
+    page.select_option("#which", "worse")
+    assert page.inner_text("#shown") == "40 of 80"
+    page.select_option("#slice", "source=a")
+    assert page.inner_text("#shown") == "0 of 80"
+    page.select_option("#which", "all")
+    page.fill("#text", "question 4?")
+    assert page.inner_text("#shown") == "1 of 80"
+    page.fill("#text", "")
+    page.select_option("#slice", "")
+    page.select_option("#sort", "gain")
+    gains = page.evaluate("Array.from(document.querySelectorAll('#list details'), row => +row.dataset.gain)")
+    assert gains == sorted(gains, reverse=True)
+    assert page.evaluate("window.hacked") is None
+    page.close()
     assert problems == []

@@ -24,6 +24,7 @@ import yaml
 from serving.embedded import EmbeddedServer
 from serving.gateway.keys import ADMIN_VARIABLE, hash_key
 from tests.integration.conftest import triton_environment
+from tests.integration.gateway.hostile import GOOD, post
 
 ROOT = Path(__file__).parents[3]
 KEYS = {"alice": "pt-alice", "bob": "pt-bob", "carol": "pt-carol", "dora": "pt-dora"}
@@ -212,3 +213,13 @@ def gateway(start_gateway: Any, settings: dict[str, Any]) -> Gateway:
 def client(gateway: Gateway) -> Any:
     """alice's client."""
     return gateway.client()
+
+
+@pytest.fixture
+def alive_afterwards(gateway: Any) -> Any:
+    """After every one of these requests a good one is served."""
+    yield
+    status, _, body = post(gateway, GOOD)
+    assert status == 200, body
+    assert json.loads(body)["usage"]["completion_tokens"] > 0
+    assert gateway.process.poll() is None

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.gateway.test_hostile import JSON, KEY, MALFORMED, ask, explains, post
+from tests.integration.gateway.hostile import JSON, KEY, MALFORMED, ask, explains, post
 
 PATH = "/v1/votes"
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where is my order?"}]
