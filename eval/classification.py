@@ -72,11 +72,11 @@ def _from_confusion(tp: float, fp: float, fn: float, tn: float) -> dict[str, Any
 
     recall, specificity = ratio(tp, tp + fn), ratio(tn, tn + fp)
     spread = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    both = recall is not None and specificity is not None
+    balanced = None if recall is None or specificity is None else (recall + specificity) / 2
     return {
         "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
         "accuracy": ratio(tp + tn, tp + fp + fn + tn),
-        "balanced_accuracy": (recall + specificity) / 2 if both else None,  # type: ignore[operator]
+        "balanced_accuracy": balanced,
         "precision": ratio(tp, tp + fp),
         "recall": recall,
         "specificity": specificity,

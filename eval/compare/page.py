@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
 
 from eval.compare.differences import slices_of
 from eval.compare.runs import Aligned
+from eval.pages import page_environment
 
 MOST_SAMPLES = 1000
 JUDGES = ("gold", "rm")
@@ -22,17 +24,10 @@ JUDGES = ("gold", "rm")
 
 def render(figures: dict[str, Any], aligned: Sequence[Aligned]) -> str:
     """The page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("eval"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    source, _, _ = environment.loader.get_source(environment, "compare.js")  # type: ignore[union-attr]
+    environment = page_environment()
+    source = (resources.files("eval") / "templates" / "compare.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
     return environment.get_template("compare.html").render(
         figures=figures,

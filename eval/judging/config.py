@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
+from eval.endpoint_config import EndpointFields, check_endpoint
 from posttrain.config import FileRef, ForeignModelRef, RunRef, StageConfig, StrictModel
 from posttrain.errors import Problem
 
@@ -44,15 +42,10 @@ class RewardJudge(StrictModel):
     max_tokens: int = Field(1024, ge=8, description="Longer dialogues keep their end; cuts are counted.")
 
 
-class EndpointJudge(StrictModel):
+class EndpointJudge(EndpointFields):
     """A language model behind an OpenAI-compatible chat endpoint."""
 
     kind: Literal["endpoint"]
-    base_url: str = Field(description="Address of the API, up to and including /v1.")
-    model: str = Field(min_length=1, description="Model name sent with every request.")
-    key_env: str | None = Field(
-        None, description="Environment variable that holds the key; none for an endpoint without keys."
-    )
     method: Literal["pairwise", "rating"] = Field(
         "pairwise", description="Compare two answers in both orders, or rate each from 1 to 10 by itself."
     )
@@ -70,9 +63,7 @@ class EndpointJudge(StrictModel):
         "max_tokens", description="Name under which `max_tokens` is sent; reasoning models want the second."
     )
     json_mode: bool = Field(False, description="Send response_format json_object.")
-    concurrency: int = Field(4, ge=1, le=256, description="Requests in flight at once.")
     timeout_s: float = Field(60.0, gt=0.0, description="Seconds until a request counts as failed.")
-    attempts: int = Field(6, ge=1, description="Tries of one request before it is left as failed.")
     backoff_s: float = Field(
         1.0,
         ge=0.0,
@@ -80,11 +71,6 @@ class EndpointJudge(StrictModel):
     )
     max_wait_s: float = Field(
         120.0, ge=0.0, description="Longest pause; a Retry-After beyond it leaves the request as failed."
-    )
-    give_up_after: int = Field(
-        8,
-        ge=1,
-        description="Requests failed in a row after which the endpoint counts as down.",
     )
     price_input: float | None = Field(None, ge=0.0, description="Price of a million prompt tokens.")
     price_output: float | None = Field(None, ge=0.0, description="Price of a million reply tokens.")
@@ -181,13 +167,7 @@ def check(config: JudgeConfig, where: str) -> list[Problem]:
 def _check_endpoint(judge: EndpointJudge, where: str, dry_run: bool) -> list[Problem]:
     from eval.judging.templates import template_problems
 
-    problems = []
-    if find_spec("openai") is None:
-        remedy = "pip install 'posttrain[judge]'"
-        problems.append(Problem(f"{where}.kind", "endpoints need the package openai", remedy, here=True))
-    problems += _check_address(judge.base_url, f"{where}.base_url")
-    if judge.key_env is not None and not dry_run:
-        problems += _check_key(judge.key_env, f"{where}.key_env")
+    problems = check_endpoint(judge, where, key_needed=not dry_run)
     if judge.max_cost is not None and (judge.price_input is None or judge.price_output is None):
         problems.append(
             Problem(f"{where}.max_cost", "cannot be kept without prices", "set price_input and price_output")
@@ -195,34 +175,3 @@ def _check_endpoint(judge: EndpointJudge, where: str, dry_run: bool) -> list[Pro
     if judge.template is not None:
         problems += template_problems(judge.template, judge.method, f"{where}.template")
     return problems
-
-
-def _check_address(base_url: str, where: str) -> list[Problem]:
-    wrong = Problem(where, "is not an http or https address", "e.g. http://localhost:8000/v1")
-    try:
-        url = urlsplit(base_url)
-        port = url.port
-    except ValueError:  # brackets or a port that no address has
-        return [wrong]
-    if (
-        url.scheme not in ("http", "https")
-        or not url.hostname
-        or port == 0
-        or any(map(str.isspace, base_url))
-    ):
-        return [wrong]
-    if url.username or url.password or url.query or url.fragment:
-        what = "holds credentials or a query, which would be written to the run directory"
-        return [Problem(where, what, "use key_env")]
-    return []
-
-
-def _check_key(variable: str, where: str) -> list[Problem]:
-    key = os.environ.get(variable)
-    if not key:
-        what = f"the environment variable {variable} is not set"
-        return [Problem(where, what, "export it, or remove key_env for an endpoint without keys", here=True)]
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        what = f"the environment variable {variable} holds white space or letters that no key can have"
-        return [Problem(where, what, "export the key alone, without a line break", here=True)]
-    return []

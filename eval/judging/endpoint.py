@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import math
 import random
 import threading
 import time
@@ -197,7 +198,7 @@ class Endpoint:
 
 
 class _MalformedError(Exception):
-    pass
+    """A response body that is no chat completion."""
 
 
 def _storable(text: str) -> str:
@@ -210,10 +211,14 @@ def retry_after(value: str | None) -> float | None:
     if value is None:
         return None
     try:
-        return max(float(value), 0.0)
+        seconds = float(value)
     except ValueError:
-        pass
+        return _seconds_until(value)
+    return None if math.isnan(seconds) else max(seconds, 0.0)
+
+
+def _seconds_until(date: str) -> float | None:
     try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+        return max(email.utils.parsedate_to_datetime(date).timestamp() - time.time(), 0.0)
     except ValueError:
         return None

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.pages import page_environment
 from eval.report.curves import stage_curves
 from eval.report.figures import frontier_figures, model_colours, reward_figures, score_figures, timing_figure
 from eval.report.lineage import lineage_svg
@@ -52,16 +53,9 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
 
 def render(pipelines: Sequence[Pipeline]) -> str:
     """The page as text. Everything from a run is escaped by the template; charts escape their own."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=PackageLoader("eval"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment()
     environment.filters["num"] = lambda value: number(float(value)) if value is not None else "-"
     environment.filters["svg"] = Markup
     return environment.get_template("report.html").render(**page(pipelines))

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, get_args
 from jinja2 import TemplateSyntaxError
 from pydantic import BeforeValidator, Field
 
-from eval.generators.config import AnswersTarget, EndpointTarget, ModelTarget, TargetConfig, check_endpoint
+from eval.endpoint_config import check_endpoint
+from eval.generators.config import AnswersTarget, EndpointTarget, ModelTarget, TargetConfig
 from posttrain.config import DatasetRef, FileRef, StageConfig, StrictModel, load_yaml
 from posttrain.errors import ConfigError, Problem, UserError
 

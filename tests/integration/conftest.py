@@ -233,6 +233,42 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "this_device", lambda: Device("cuda", "Tesla T4", False, 1))
 
 
+def last_turns(count: int) -> list[dict[str, Any]]:
+    """Prompts of the support-desk world, the last user turn only so that they fit the tiny model."""
+    from data_prep.tiny import world
+
+    return [
+        {
+            "id": record.id,
+            "source": record.source,
+            "group": record.group,
+            "meta": record.meta,
+            "prompt": record.content_columns()["prompt"][-1:],
+        }
+        for record in world.generate("prompt", count, seed=5)
+    ]
+
+
+@pytest.fixture(scope="session")
+def other_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The tiny model with its weights moved a little: a policy that differs from the baseline. Not to be
+    written to.
+    """
+    import torch
+
+    from posttrain.models import load_causal_lm
+
+    directory = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny_model_dir, directory)
+    model = load_causal_lm(tiny_model_dir)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
+
+
 def triton_environment() -> Path | None:
     """Where tritonserver is; None where it was not installed."""
     try:

@@ -11,43 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.tiny import rubric, world
+from data_prep.tiny import rubric
 from eval.config import EvalConfig
 from eval.generation import encode_prompt
 from eval.stage import run
 from posttrain.errors import DataError, UserError
-from posttrain.models import load_causal_lm, load_reward_model, load_tokenizer, score_ids
+from posttrain.models import load_reward_model, load_tokenizer, score_ids
 from posttrain.stage import execute_stage
+from tests.integration.conftest import last_turns
 
 
 @pytest.fixture(scope="module")
 def gold_prompts(tmp_path_factory: pytest.TempPathFactory, write_dataset: Callable[..., Path]) -> Path:
     """Prompts of the support-desk world, the last user turn only so that they fit the tiny model."""
-    rows = [
-        {
-            "id": record.id,
-            "source": record.source,
-            "group": record.group,
-            "meta": record.meta,
-            "prompt": record.content_columns()["prompt"][-1:],
-        }
-        for record in world.generate("prompt", 24, seed=5)
-    ]
+    rows = last_turns(24)
     return write_dataset(tmp_path_factory.mktemp("data") / "prompts", "prompt", rows[:4], rows[4:])
-
-
-@pytest.fixture(scope="module")
-def other_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """The tiny model with its weights moved a little: a policy that differs from the baseline."""
-    directory = tmp_path_factory.mktemp("other") / "model"
-    shutil.copytree(tiny_model_dir, directory)
-    model = load_causal_lm(tiny_model_dir)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
-    model.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from data_prep.tiny import world
 from eval.annotate import assignment as assignments
 from eval.annotate import votes
 from eval.annotate.database import Database
@@ -25,13 +23,13 @@ from eval.config import EvalConfig
 from eval.judging.config import JudgeConfig
 from posttrain.cli import app
 from posttrain.models import (
-    load_causal_lm,
     load_chat_tokenizer,
     load_reward_model,
     score_ids,
     whole_dialogue,
 )
 from posttrain.stage import execute_stage
+from tests.integration.conftest import last_turns
 
 QUIET = Console(quiet=True)
 
@@ -41,31 +39,15 @@ def eval_run(
     tmp_path_factory: pytest.TempPathFactory,
     write_dataset: Callable[..., Path],
     tiny_model_dir: Path,
+    other_model_dir: Path,
     tiny_reward_dir: Path,
 ) -> Path:
     """Two models of random weights on 24 prompts of the support desk."""
     place = tmp_path_factory.mktemp("judged")
-    rows = [
-        {
-            "id": record.id,
-            "source": record.source,
-            "group": record.group,
-            "meta": record.meta,
-            "prompt": record.content_columns()["prompt"][-1:],
-        }
-        for record in world.generate("prompt", 28, seed=5)
-    ]
+    rows = last_turns(28)
     prompts = write_dataset(place / "prompts", "prompt", rows[:4], rows[4:])
-    other = place / "other"
-    shutil.copytree(tiny_model_dir, other)
-    model = load_causal_lm(tiny_model_dir)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
-    model.save_pretrained(other)
     config = EvalConfig(
-        models={"sft": str(tiny_model_dir), "ppo": str(other)},
+        models={"sft": str(tiny_model_dir), "ppo": str(other_model_dir)},
         reward=str(tiny_reward_dir),
         prompts=str(prompts),
         gold="support_desk",

@@ -12,6 +12,8 @@ import pytest
 from judge_server import Response, completion, sections, serving
 from test_judge_stage import configure, execute, write_answers
 
+from eval.endpoint_config import check_endpoint
+from eval.generators.config import EndpointTarget
 from eval.judging.asking import Asker
 from eval.judging.config import EndpointJudge, JudgeConfig, check
 from eval.judging.contest import Contest
@@ -119,6 +121,8 @@ def test_addresses_that_cannot_be_asked_are_mistakes_of_the_configuration(
         }
     )
     assert "judge.yaml.judges.llm.base_url" in str(ConfigError(check(config, "judge.yaml")))
+    target = EndpointTarget(kind="endpoint", base_url=address, model="m")
+    assert "b.yaml.targets.api.base_url" in str(ConfigError(check_endpoint(target, "b.yaml.targets.api")))
 
 
 @pytest.mark.parametrize("key", ["sk-0123456789\n", "sk-é0123456789", "sk-01234 56789"])

@@ -90,6 +90,7 @@ def test_retry_after_is_a_number_or_a_date() -> None:
     assert retry_after("7") == 7.0
     assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
     assert retry_after("soon") is None
+    assert retry_after("nan") is None
     assert retry_after(None) is None
 
 
