@@ -68,22 +68,12 @@ class RayEngine:
         if ray.is_initialized():
             return
         address = self._address or os.environ.get("RAY_ADDRESS")
-        # Nothing about a run is sent to the makers of Ray.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # On a busy machine the parts of a local Ray take longer to find each other than it waits by default.
-        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
-        local: dict[str, Any] = (
-            {}
-            if address
-            else {
-                "num_cpus": self._workers,
-                "object_store_memory": OBJECT_STORE_BYTES,
-                "include_dashboard": False,
-            }
-        )
         try:
-            _reach(address)
-            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
+            if address:
+                _reach(address)
+                _begin(address=address)
+            else:
+                start_here(self._workers)
         except (OSError, ValueError, RuntimeError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConfigError(
@@ -105,6 +95,43 @@ class RayEngine:
 
             ray.shutdown()
             self._started = False
+
+
+def start_here(workers: int | None = None, attempts: int = 3) -> None:
+    """Start Ray on this machine, with as many processors as workers, or all.
+
+    Ray gives its parts half a minute to find each other, which on a busy machine may not do: it is tried
+    again. Raises RuntimeError where it does not start.
+    """
+    import ray
+
+    # On a busy machine the parts take longer to find each other than Ray waits by default.
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
+    while True:
+        attempts -= 1
+        try:
+            _begin(
+                address="local",
+                num_cpus=workers,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+            )
+            return
+        except Exception as error:
+            # That they did not is at times said by an Exception of no narrower class.
+            if type(error) not in (Exception, RuntimeError):
+                raise
+            ray.shutdown()
+            if not attempts:
+                raise RuntimeError(str(error)) from error
+
+
+def _begin(**settings: Any) -> None:
+    import ray
+
+    # Nothing about a run is sent to the makers of Ray.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
 
 
 def _reach(address: str | None) -> None:

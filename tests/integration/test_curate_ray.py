@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ def cluster() -> Iterator[None]:
     """One local Ray for all tests here; the engine goes into it instead of starting its own."""
     import ray
 
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray_engine.start_here(workers=2)
     yield
     ray.shutdown()
 
@@ -123,3 +121,26 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
     wrong = settings(tmp_path / "in", engine="ray", ray_address="127.0.0.1:1")
     with pytest.raises(UserError, match=r"no cluster can be reached at 127\.0\.0\.1:1 "):
         execute_stage("curate", wrong, tmp_path / "out")
+
+
+@pytest.mark.parametrize("failures", [2, 3])
+def test_ray_that_does_not_start_is_started_again(monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    """On a busy machine its parts do not always find each other in the time that Ray gives them."""
+    import ray
+
+    ray.shutdown()
+    tried: list[dict[str, Any]] = []
+
+    def init(**settings: Any) -> None:
+        tried.append(settings)
+        if len(tried) <= failures:
+            raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    if failures == 3:
+        with pytest.raises(RuntimeError, match="timed out during startup"):
+            ray_engine.start_here(2)
+    else:
+        ray_engine.start_here(2)
+    assert len(tried) == 3
+    assert {settings["num_cpus"] for settings in tried} == {2}
