@@ -207,6 +207,9 @@ def _add_export(commands: typer.Typer, reporting: Reporting, print_json: PrintJs
         min_gold_accuracy: Annotated[
             float, typer.Option(min=0, max=1, help="Leave out annotators below, on gold checks.")
         ] = 0.0,
+        eval_fraction: Annotated[
+            float, typer.Option(min=0.001, max=0.999, help="Of a directory: share of prompts held out.")
+        ] = 0.1,
         to: Annotated[Tool | None, typer.Option(help="For another tool, votes included.")] = None,
         votes: Annotated[
             Path | None, typer.Option(metavar="FILE", help="A .jsonl of single votes, for `judge`.")
@@ -233,7 +236,12 @@ def _add_export(commands: typer.Typer, reporting: Reporting, print_json: PrintJs
                 print(f"{output}: {count} items for {to.value}", file=sys.stderr)
                 return
             lineage = load("eval.annotate.export:export")(
-                opened, found, output, min_votes=min_votes, min_gold_accuracy=min_gold_accuracy
+                opened,
+                found,
+                output,
+                min_votes=min_votes,
+                min_gold_accuracy=min_gold_accuracy,
+                eval_fraction=eval_fraction,
             )
             if as_json:
                 print_json(lineage)

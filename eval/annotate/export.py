@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from data_prep.config import CurateConfig
+from data_prep.config import CurateConfig, SplitConfig
 from data_prep.formats import FORMATS
 from data_prep.records import InvalidRecord
 from eval.annotate.database import Database, Row, shown
@@ -27,6 +27,8 @@ from posttrain.hashing import hash_file, hash_json
 from posttrain.rundir import atomic_write_json, atomic_write_text
 
 LINEAGE_VERSION = 1
+EVAL_FRACTION = SplitConfig().eval_fraction
+"""Share of the groups of prompts that are held out, where nothing else is said."""
 META = ("votes", "models", "annotators", "agreement")
 
 
@@ -102,11 +104,17 @@ def _decide(name: str, given: list[Row], min_votes: int, found: Preferences) -> 
 
 
 def export(
-    database: Database, study: Study, output: Path, *, min_votes: int = 1, min_gold_accuracy: float = 0.0
+    database: Database,
+    study: Study,
+    output: Path,
+    *,
+    min_votes: int = 1,
+    min_gold_accuracy: float = 0.0,
+    eval_fraction: float = EVAL_FRACTION,
 ) -> dict[str, Any]:
     """Write the preferences and their lineage, which is returned; curated too unless `output` is a .jsonl.
 
-    Raises UserError for the path, DataError where no vote makes a row.
+    Raises UserError for the path, DataError where no vote makes a row, or the split leaves a side empty.
     """
     file = output if output.name.endswith(".jsonl") else output.with_name(f"{output.name}.jsonl")
     if not file.parent.is_dir():
@@ -142,7 +150,7 @@ def export(
     }
     atomic_write_json(file.with_name(file.name.removesuffix(".jsonl") + ".lineage.json"), lineage)
     if file != output:
-        _curate(file, output, study)
+        _curate(file, output, study, eval_fraction)
     return lineage
 
 
@@ -204,7 +212,7 @@ def file_name(study: Study) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", study.config.name) + ".jsonl"
 
 
-def _curate(file: Path, output: Path, study: Study) -> None:
+def _curate(file: Path, output: Path, study: Study, eval_fraction: float) -> None:
     from posttrain.stage import execute_stage
 
     source = {
@@ -214,8 +222,15 @@ def _curate(file: Path, output: Path, study: Study) -> None:
         "name": study.config.name,
         "meta_columns": list(META),
     }
-    config = CurateConfig.model_validate({"kind": "preference", "sources": [source]})
-    execute_stage("curate", config, output)
+    config = CurateConfig.model_validate(
+        {"kind": "preference", "sources": [source], "split": {"eval_fraction": eval_fraction}}
+    )
+    try:
+        execute_stage("curate", config, output)
+    except DataError as error:
+        raise DataError(
+            f"{error}\n    split.eval_fraction is --eval-fraction here; the pairs themselves are in {file}"
+        ) from error
 
 
 def _iso(seconds: float) -> str:

@@ -249,3 +249,14 @@ def test_foreign_label_studio_rows_are_read(voted: World, tmp_path: Path) -> Non
     stranger = returned.Returned("nowhere", "x", "tie")
     with pytest.raises(DataError, match="has no item 'nowhere'"):
         returned.add(voted.database, voted.study, [stranger])
+
+
+def test_a_few_pairs_are_divided_as_asked(tmp_path: Path) -> None:
+    world = make_world(tmp_path, rows=[answers(n) for n in range(6)])
+    vote_all(world, "ann", {})
+    few = tmp_path / "few"
+    with pytest.raises(DataError, match=r"leaves the eval side empty(.|\n)*--eval-fraction(.|\n)*few\.jsonl"):
+        export(world.database, world.study, few, eval_fraction=0.001)
+    assert len((tmp_path / "few.jsonl").read_text().splitlines()) == 6
+    export(world.database, world.study, few, eval_fraction=0.5)
+    assert sum(len(read_split(few, split, "preference")) for split in ("train", "eval")) == 6
